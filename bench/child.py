@@ -1,0 +1,407 @@
+"""What runs inside the child process of a case: data, network, warm-up, timed epochs. Its parent is `bench/runner.py`.
+
+The child says what it finds in JSON lines on its standard output, each as soon as it is known, so that whatever was
+measured before a failure is kept:
+
+    {"section": "timing", "value": {…}}     entries of a section of the record; later ones replace earlier ones
+    {"stage": "compile"}                    what begins now
+    {"progress": {"epoch": 1, …}}           for the progress bar
+    {"status": "oom", "reason": "…"}        only when the run is not ok
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.transforms.functional import to_pil_image
+
+from .data import baseline, dali, prepared, weights
+from .data.loader import Batch, Loader
+from .data.prepared import ImageSet
+from .errors import UserError
+from .measure import TIMING_VERSION, BlockClock, peak_memory, reset_peak_memory
+from .metrics import sliced_wasserstein
+from .stats import seconds_to_target
+from .step import DTYPES, Step, make_step
+from .train import Diverged, Evaluate, Evaluation, collect, make_evaluation, train_epoch
+from .tuning import TUNINGS, Tuning
+from .workloads import Case, Workload, describe, resolve
+
+WARMUP_STEPS = 3  # the first compiles, the second sees the allocator's final state, the third is ordinary
+PICTURED_EPOCHS = {1, 2, 5, 10, 20, 50, 100}  # and the last
+TRACED_STEPS = 5
+BASELINE_WORKERS = 8  # of the DataLoader, or one a core where there are fewer
+
+Emit = Callable[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What the parent asks of the child."""
+
+    case: Case
+    data: Path
+    pictures: Path  # an empty folder for pictures, `<epoch>.webp` each
+    started: float  # time.time() when the parent started the child
+    compile_only: bool = False  # compile, say how long it took, and end
+    trace: Path | None = None  # where to put a profiler trace
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), default=str)
+
+    @staticmethod
+    def from_json(text: str) -> "Order":
+        values = json.loads(text)
+        paths = {name: Path(values[name]) if values[name] else None for name in ("data", "pictures", "trace")}
+        return Order(**(values | paths | {"case": Case(**values["case"])}))
+
+
+def run(order: Order, emit: Emit) -> None:
+    """Runs the case on the first GPU, or on the CPU where there is none, and emits the sections of its record."""
+    case = order.case
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tuning = TUNINGS[case.tuning](torch.cuda.get_device_capability() if device.type == "cuda" else None)
+    torch.backends.cudnn.benchmark = tuning.compile
+    torch.manual_seed(case.seed)
+
+    emit(stage="data")
+    train_set, eval_set = (image_set(resolve(case), split, tuning, order.data, device) for split in ("train", "test"))
+    workload, network = build(resolve(case), train_set.classes)
+    emit(section="case", value=describe(case, workload))
+    emit(section="data", value=describe_data(train_set, eval_set, tuning))
+
+    def train_loader() -> Loader:
+        return make_loader(workload, train_set, tuning, device, train=True, seed=case.seed)
+
+    if case.mode == "loader":
+        return time_batches(workload, lambda images, labels: images, train_loader(), device, emit)
+
+    network.to(device)
+    if tuning.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    loader, eval_loader = train_loader(), make_loader(workload, eval_set, tuning, device, train=False, seed=case.seed)
+    step, players = make_step(workload, network, tuning, device, loader.batches_per_epoch * workload.recipe.epochs)
+    evaluate = make_evaluation(workload, network, eval_loader, tuning, device)
+
+    emit(stage="compile" if tuning.compile else "warm-up")
+    initial = {name: value.clone() for name, value in network.state_dict().items()}
+    compile_s = warm_up(step, evaluate, loader)
+    if order.compile_only:
+        return emit(section="compile", value={"cold_s": compile_s, "cold_start_s": seconds_since(order.started)})
+    network.load_state_dict(initial)
+    for player in players:
+        player.restart()
+    references = references_of(workload, train_set, eval_loader, evaluate, tuning, device)
+    loader.close()
+    loader = train_loader()
+    torch.manual_seed(case.seed)
+    reset_peak_memory(device)
+    graphs = compiled_graphs()
+    if tuning.compile:
+        emit(section="compile", value={"warm_s": compile_s, "warm_start_s": seconds_since(order.started)})
+
+    if case.mode == "compute":
+        time_batches(workload, step, Resident(loader), device, emit)
+    else:
+        train(workload, step, evaluate, loader, device, emit, order.pictures, references)
+
+    emit(section="memory", value=peak_memory(device) | {"limit_mib": tuning.memory_limit_mib})
+    if tuning.compile:
+        recompiles = compiled_graphs() - graphs
+        emit(section="compile", value={"recompiles": recompiles})
+        if recompiles:
+            emit(status="failed", reason=f"{recompiles} graphs were compiled again inside the timed region")
+    if order.trace is not None:
+        write_trace(order.trace, step, loader, device)
+    loader.close()
+    eval_loader.close()
+
+
+def seconds_since(started: float) -> float:
+    return round(time.time() - started, 3)
+
+
+def image_set(workload: Workload, split: str, tuning: Tuning, root: Path, device: torch.device) -> ImageSet:
+    """One split, cut to the recipe's number of images, spread evenly; small JPEGs are decoded once for DALI."""
+    images = prepared.load(workload.dataset, split, root)
+    wanted = workload.recipe.train_images if split == "train" else workload.recipe.eval_images
+    if wanted is not None and wanted < len(images):
+        picked = np.linspace(0, len(images) - 1, wanted).astype(np.int64)
+        images = replace(
+            images,
+            images=None if images.images is None else images.images[picked],
+            files=None if images.files is None else tuple(images.files[index] for index in picked),
+            labels=None if images.labels is None else images.labels[picked],
+        )
+    if tuning.loader == "dali" and images.files is not None and workload.objective == "adversarial":
+        images = replace(images, images=dali.decode(images.files, device), files=None)
+    return images
+
+
+def build(workload: Workload, classes: int) -> tuple[Workload, nn.Module]:
+    """The network, and the workload as it then is: where ImageNet weights are missing it has no target."""
+    if workload.weights == "imagenet":
+        imagenet = weights.load()
+        if imagenet is None:
+            workload = replace(workload, target=None, weights="random")
+        return workload, workload.network(classes, imagenet)
+    return workload, workload.network(classes) if workload.objective == "classify" else workload.network()
+
+
+def make_loader(
+    workload: Workload, images: ImageSet, tuning: Tuning, device: torch.device, *, train: bool, seed: int
+) -> Loader:
+    """The tuning's loader: training batches in the network's precision, evaluation batches in fp32."""
+    options: dict[str, Any] = {
+        "preprocess": workload.preprocess,
+        "batch_size": workload.recipe.batch_size if train else min(workload.eval_batch_size, len(images)),
+        "train": train,
+        "seed": seed,
+        "device": device,
+        "dtype": DTYPES[tuning.precision] if train else torch.float32,
+        "channels_last": tuning.channels_last,
+    }
+    if tuning.loader == "dali":
+        module: Any = dali
+    else:
+        module = baseline
+        options["workers"] = min(BASELINE_WORKERS, len(os.sched_getaffinity(0)))
+    if images.images is not None:
+        return module.array_loader(images.images, images.labels, **options)
+    return module.jpeg_loader(images.files, images.labels, **options)
+
+
+def describe_data(train_set: ImageSet, eval_set: ImageSet, tuning: Tuning) -> dict[str, Any]:
+    return {
+        "name": train_set.name,
+        "label": train_set.label,
+        "synthetic": train_set.synthetic,
+        "sha256": {"train": train_set.sha256, "test": eval_set.sha256},
+        "images": {"train": len(train_set), "test": len(eval_set)},
+        "loader": tuning.loader,
+    }
+
+
+def warm_up(step: Step, evaluate: Evaluate, loader: Loader) -> float:
+    """A few steps and one evaluation; returns the seconds of the first of each, in which they are compiled."""
+    batch = next(iter(loader.epoch()))
+    start = time.perf_counter()
+    step(batch.images, batch.labels).item()
+    evaluate()
+    compile_s = time.perf_counter() - start
+    for _ in range(WARMUP_STEPS - 1):
+        step(batch.images, batch.labels).item()
+    return round(compile_s, 3)
+
+
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class Resident:
+    """A loader's first batch, which stays on the device and comes as often as the loader has batches."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.batches_per_epoch = loader.batches_per_epoch
+        self.images_per_epoch = loader.images_per_epoch
+        self._batch = next(iter(loader.epoch()))
+
+    def epoch(self) -> Iterator[Batch]:
+        return repeat(self._batch, self.batches_per_epoch)
+
+    def close(self) -> None:
+        """Nothing to close: the loader belongs to the caller."""
+
+
+class Timing:
+    """Adds up the clocks of the epochs and emits the record's `timing` and `throughput`."""
+
+    def __init__(self, device: torch.device, emit: Emit) -> None:
+        self._device, self._emit = device, emit
+        self._clocks: list[BlockClock] = []
+        self._images = self._steps = 0
+
+    def clock(self, steps: int) -> BlockClock:
+        self._clocks.append(BlockClock(self._device, steps))
+        return self._clocks[-1]
+
+    def add(self, images: int, steps: int) -> None:
+        self._images += images
+        self._steps += steps
+        train_s = sum(clock.total_s for clock in self._clocks)
+        timing = {
+            "timing_version": TIMING_VERSION,
+            "block_steps": self._clocks[0].block_steps,
+            "block_s": [round(block, 6) for clock in self._clocks for block in clock.block_s],
+            "blocks_thinned_by": 1,
+            "train_s": round(train_s, 6),
+            "wall_s": round(sum(clock.wall_s for clock in self._clocks), 6),
+            "steps": self._steps,
+        }
+        self._emit(section="timing", value=timing)
+        self._emit(section="throughput", value={"images_per_s": round(self._images / train_s, 3)})
+
+
+def time_batches(workload: Workload, step: Step, loader: Loader, device: torch.device, emit: Emit) -> None:
+    """The recipe's epochs without evaluation: the loader alone, or training on a resident batch."""
+    timing = Timing(device, emit)
+    emit(stage="measure", epochs=workload.recipe.epochs, steps_per_epoch=loader.batches_per_epoch)
+    for epoch in range(1, workload.recipe.epochs + 1):
+        clock = timing.clock(loader.batches_per_epoch)
+        images = steps = 0
+        clock.start()
+        for batch in loader.epoch():
+            step(batch.images, batch.labels)
+            images += len(batch.images)
+            steps += 1
+            if clock.step():
+                emit(progress={"epoch": epoch, "step": steps})
+        clock.stop()
+        timing.add(images, steps)
+    loader.close()
+
+
+def references_of(
+    workload: Workload,
+    train_set: ImageSet,
+    eval_loader: Loader,
+    evaluate: Evaluate,
+    tuning: Tuning,
+    device: torch.device,
+) -> dict[str, float]:
+    """For generated images: the distance between real and held-out images, and of the untrained generator."""
+    if workload.objective != "adversarial":
+        return {}
+    real = collect(eval_loader)
+    plain = replace(workload, preprocess=replace(workload.preprocess, flip=False))
+    others_loader = make_loader(plain, train_set, tuning, device, train=False, seed=0)
+    others = collect(others_loader)[: len(real)]
+    others_loader.close()
+    return {"real": round(sliced_wasserstein(others, real), 4), "untrained": round(evaluate().metric, 4)}
+
+
+def train(
+    workload: Workload,
+    step: Step,
+    evaluate: Evaluate,
+    loader: Loader,
+    device: torch.device,
+    emit: Emit,
+    pictures: Path,
+    references: Mapping[str, float],
+) -> None:
+    """Every epoch of the recipe with its evaluation; emits timing, throughput and accuracy after each."""
+    epochs = workload.recipe.epochs
+    target = workload.target
+    if workload.target_share is not None:
+        target = references["real"] + workload.target_share * (references["untrained"] - references["real"])
+    timing = Timing(device, emit)
+    curve: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+    emit(stage="train", epochs=epochs, steps_per_epoch=loader.batches_per_epoch)
+    for epoch in range(1, epochs + 1):
+        clock = timing.clock(loader.batches_per_epoch)
+
+        def progress(done: int, loss: float, epoch: int = epoch) -> None:
+            emit(progress={"epoch": epoch, "step": done, "loss": loss})
+
+        trained = train_epoch(step, loader.epoch(), clock, progress)
+        timing.add(trained.images, trained.steps)
+        start = time.perf_counter()
+        evaluation = evaluate()
+        eval_s = time.perf_counter() - start
+        curve.append(curve_row(epoch, clock.total_s, eval_s, trained.loss, evaluation))
+        if evaluation.picture is not None and (epoch in PICTURED_EPOCHS or epoch == epochs):
+            to_pil_image(evaluation.picture.float().cpu()).save(pictures / f"{epoch}.webp", quality=85)
+            kept.append({"epoch": epoch})
+        eval_s_total = sum(row["eval_s"] for row in curve)
+        emit(section="throughput", value={"eval_images_per_s": round(evaluation.images * len(curve) / eval_s_total, 3)})
+        emit(section="accuracy", value=accuracy(workload, curve, target, references))
+        emit(progress={"epoch": epoch, "step": trained.steps, "loss": trained.loss, "metric": evaluation.metric})
+
+
+def curve_row(epoch: int, train_s: float, eval_s: float, loss: float, evaluation: Evaluation) -> dict[str, Any]:
+    row = {
+        "epoch": epoch,
+        "train_s": round(train_s, 4),
+        "eval_s": round(eval_s, 4),
+        "train_loss": float(f"{loss:.5g}"),
+        "metric": round(evaluation.metric, 4),
+    }
+    further = {name: round(value, 5) for name, value in evaluation.further.items()}
+    return row | ({"metrics": further} if further else {})
+
+
+def accuracy(
+    workload: Workload, curve: list[dict[str, Any]], target: float | None, references: Mapping[str, float]
+) -> dict[str, Any]:
+    """The record's `accuracy` after the epochs in `curve`."""
+    metric = workload.metric
+    values = [row["metric"] for row in curve]
+    to_target = None
+    if target is not None:
+        to_target = seconds_to_target(
+            curve, target, higher_is_better=metric.higher_is_better, also_at_least=workload.also_at_least
+        )
+    return {
+        "metric": metric.name,
+        "unit": metric.unit,
+        "higher_is_better": metric.higher_is_better,
+        "final": values[-1],
+        "best": max(values) if metric.higher_is_better else min(values),
+        "target": None if target is None else round(target, 4),
+        "also_at_least": workload.also_at_least,
+        "reached": None if target is None else to_target is not None,
+        "train_s_to_target": to_target,
+        "references": dict(references) or None,
+        "curve": curve,
+    }
+
+
+def write_trace(path: Path, step: Step, loader: Loader, device: torch.device) -> None:
+    """A profiler trace of a few further steps, after everything was measured, for chrome://tracing or Perfetto."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _, batch in zip(range(TRACED_STEPS), loader.epoch(), strict=False):
+            step(batch.images, batch.labels)
+    profiler.export_chrome_trace(str(path))
+
+
+def main() -> None:
+    """Reads one `Order` from standard input and runs it; exit code 0 also when the run failed and could say so."""
+    order = Order.from_json(sys.stdin.read())
+    lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not stand between the lines
+
+    def emit(**event: Any) -> None:
+        lines.write(json.dumps(event) + "\n")
+        lines.flush()
+
+    try:
+        run(order, emit)
+    except UserError as error:
+        emit(status="failed", reason=str(error), user_error=True)
+    except Diverged as error:
+        emit(status="diverged", reason=str(error))
+    except torch.cuda.OutOfMemoryError as error:
+        emit(status="oom", reason=str(error).splitlines()[0])
+    except Exception as error:
+        traceback.print_exc()
+        message = str(error).strip().splitlines() or [""]
+        emit(status="failed", reason=f"{type(error).__name__}: {message[0]}"[:500])
+
+
+if __name__ == "__main__":
+    main()

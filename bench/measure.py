@@ -1,0 +1,89 @@
+"""Timers and memory. The timing contract, version 1:
+
+- Warm-up, compilation and graph capture lie outside the timed region. After warm-up the weights, the optimizer, the
+  loader and the random state start anew, so nothing learned in warm-up is timed as if it had been free.
+- Time is read around *blocks* of K steps: between CUDA events on a GPU, by the wall clock on a CPU. There is one
+  synchronisation a block. A block begins where the one before it ended, so the blocks of an epoch tile it, and
+  whatever the loader or the host costs is inside. The wall clock of the whole epoch is recorded beside them.
+- Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first epoch
+  whose metric reaches the target, and exists only where the final metric reaches it too.
+- Raw block times are kept; medians, intervals and verdicts are derived later.
+- Images per second counts images that were really trained on, once each, over the time of exactly those steps.
+- Records whose `timing_version` differs are never compared.
+"""
+
+import resource
+import time
+
+import torch
+
+TIMING_VERSION = 1
+BLOCKS_PER_EPOCH = 20  # enough for a spread within the epoch; one synchronisation in 20th of an epoch costs nothing
+
+
+class BlockClock:
+    """Times one stretch of steps in blocks of `block_steps`, as the timing contract above says.
+
+    `block_s` holds the seconds of each full block, `total_s` those of all steps, `wall_s` the same by the host's clock.
+    """
+
+    def __init__(self, device: torch.device, steps: int) -> None:
+        self.block_steps = max(1, steps // BLOCKS_PER_EPOCH)
+        self.block_s: list[float] = []
+        self.total_s = 0.0
+        self.wall_s = 0.0
+        self._cuda = device.type == "cuda"
+        self._steps = 0
+        self._last = self._start = 0.0
+        self._event: torch.cuda.Event | None = None
+
+    def start(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+        self._start = self._last = time.perf_counter()
+
+    def step(self) -> bool:
+        """Counts one step; True when it closed a block, with the device idle at that moment."""
+        self._steps += 1
+        if self._steps % self.block_steps:
+            return False
+        self.block_s.append(self._lap())
+        return True
+
+    def stop(self) -> None:
+        if self._steps % self.block_steps:
+            self._lap()
+        self.wall_s = time.perf_counter() - self._start
+
+    def _lap(self) -> float:
+        """Seconds since the last lap, by the device's clock."""
+        if self._cuda:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            end.synchronize()
+            assert self._event is not None
+            lap = self._event.elapsed_time(end) / 1e3
+            self._event = end
+        else:
+            now = time.perf_counter()
+            lap = now - self._last
+            self._last = now
+        self.total_s += lap
+        return lap
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, float | None]:
+    """Peaks in MiB: what torch allocated and reserved since the last reset (None on a CPU), and the host's RSS."""
+    cuda = device.type == "cuda"
+    return {
+        "peak_allocated_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if cuda else None,
+        "peak_reserved_mib": round(torch.cuda.max_memory_reserved(device) / 2**20, 1) if cuda else None,
+        "host_rss_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
+    }

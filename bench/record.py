@@ -1,0 +1,144 @@
+"""The record of one run: its form, and how it is written, once, whole or not at all. No torch in here.
+
+A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id>.json`. Names carry their units.
+
+    schema, id, created_utc
+    case        workload, suite, tuning, mode, seed, division, gpus, recipe (every setting that decides the work)
+    status      ok · oom · diverged · timeout · failed · killed · skipped; all but ok have a `reason`
+    timing      timing_version, block_steps, block_s (raw), blocks_thinned_by, train_s, wall_s, steps
+    throughput  images_per_s, eval_images_per_s
+    memory      peak_allocated_mib, peak_reserved_mib, nvml_process_peak_mib, host_rss_peak_mib, limit_mib
+    accuracy    metric, unit, higher_is_better, curve (a row an epoch), final, best, target, reached, train_s_to_target
+    compile     cold_s, warm_s, cold_start_s, warm_start_s, recompiles
+    gpu, roofline, data, machine, code
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+SCHEMA = 1
+LARGEST_BYTES = 16 * 1024
+STATUSES = ("ok", "oom", "diverged", "timeout", "failed", "killed", "skipped")
+SECTIONS = ("timing", "throughput", "memory", "accuracy", "compile", "gpu", "roofline", "data")
+READS_RECORDS = {  # decide no measurement
+    f"bench/{name}.py" for name in ("__main__", "cli", "errors", "progress", "record", "stats", "summary", "table")
+}
+
+Record = dict[str, Any]
+
+
+def new_record(case: dict[str, Any], machine: dict[str, Any]) -> Record:
+    """A record without measurements; its id begins with the time, so that names sort by age."""
+    now = datetime.now(timezone.utc)
+    return {
+        "schema": SCHEMA,
+        "id": f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
+        "created_utc": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+        "case": case,
+        "status": "failed",
+        "reason": "nothing was measured",
+        **dict.fromkeys(SECTIONS),
+        "machine": machine,
+        "code": code_hash(),
+    }
+
+
+def path_of(record: Record, results: Path) -> Path:
+    case = record["case"]
+    name = f"{case['tuning']}-{case['mode']}-{record['id']}.json"
+    return results / record["machine"]["slug"] / case["workload"] / name
+
+
+def check_writable(results: Path) -> None:
+    """UserError unless files can be made in `results`, which is made where it is missing."""
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results):
+            pass
+    except OSError as error:
+        raise UserError(f"results folder {results} cannot be written: {error.strerror}") from error
+
+
+def save(record: Record, results: Path) -> Path:
+    """Writes the record beside the others; readers see it whole or not at all. UserError where the disk refuses."""
+    path = path_of(record, results)
+    write_atomically(path, _compact(record))
+    return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file through a temporary one in its folder, on disk before it gets its name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        what = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
+        raise UserError(f"{path} cannot be written: {what}") from error
+
+
+def _compact(record: Record) -> bytes:
+    """The record as JSON of at most 16 KiB: every second raw block is dropped until it fits, and it says so."""
+    while True:
+        content = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        timing = record["timing"]
+        if len(content) <= LARGEST_BYTES or not timing or len(timing["block_s"]) < 2:
+            return content
+        thinned = timing | {"block_s": timing["block_s"][::2], "blocks_thinned_by": 2 * timing["blocks_thinned_by"]}
+        record = record | {"timing": thinned}
+
+
+def load(path: Path) -> Record:
+    """One record. UserError naming the file where it is unreadable, no record, or of another schema."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable record: {error}") from error
+    if not isinstance(record, dict) or "schema" not in record:
+        raise UserError(f"{path} is no record of Netdyno: it has no 'schema'")
+    if record["schema"] != SCHEMA:
+        raise UserError(f"{path} has schema {record['schema']!r}; this version reads {SCHEMA}")
+    missing = {"id", "case", "status", "machine"} - record.keys()
+    if missing or record["status"] not in STATUSES:
+        raise UserError(f"{path} is no whole record: {', '.join(sorted(missing)) or 'status'} is missing or unknown")
+    return record
+
+
+def load_all(results: Path) -> list[Record]:
+    """Every record in `results/<machine>/<workload>/`, oldest first."""
+    paths = [path for path in results.glob("*/*/*.json") if path.name != "machine.json"]
+    return [load(path) for path in sorted(paths, key=lambda path: (path.name.rsplit("-", 2)[-2:], path))]
+
+
+def save_machine(machine: dict[str, Any], results: Path) -> None:
+    """Writes `results/<machine>/machine.json`: the hardware alone, since versions change from run to run."""
+    path = results / machine["slug"] / "machine.json"
+    if not path.exists():
+        hardware = {name: value for name, value in machine.items() if name != "versions"}
+        write_atomically(path, json.dumps(hardware, indent=1).encode() + b"\n")
+
+
+def code_hash() -> str:
+    """SHA-256 over the sources that decide a measurement: all but those that read or show records."""
+    top = Path(__file__).parent.parent  # the folders lie side by side in the checkout as in an installed package
+    digest = hashlib.sha256()
+    for folder in ("bench", "kernels", "models"):
+        for path in sorted((top / folder).rglob("*.py")):
+            name = path.relative_to(top).as_posix()
+            if name not in READS_RECORDS:
+                digest.update(f"{name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,201 @@
+"""Runs one case in a fresh child process and makes its record, whatever the end of the child.
+
+`run(case)` is the main path: it starts the child (`bench/child.py`), passes its progress on, watches it by NVML and the
+clock, and returns the record. A case that compiles runs in two children the first time: one with an empty compiler
+cache, for the cold start alone, then the measured one, whose start is warm. Both times are in the record.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .child import Order
+from .gpu import Gpu, Sampler
+from .record import Record, new_record, path_of, save, write_atomically
+from .tuning import TUNINGS
+from .workloads import Case, describe, resolve
+
+STALL_S = 1_200.0  # without a word from the child; the longest silence of a healthy one is a cold compilation
+
+Event = dict[str, Any]
+Listen = Callable[[Event], None]
+
+
+def run(
+    case: Case, *, data: Path, results: Path, machine: dict[str, Any], listen: Listen, trace: bool = False
+) -> Record:
+    """Runs `case` and writes its record, and its pictures and trace beside it, below `results`.
+
+    Args:
+        data: the folder of the prepared data sets.
+        machine: the record's `machine`, from `machine.describe()`.
+        listen: is called with each event of the child (see `bench/child.py`).
+        trace: writes a profiler trace of a few steps after the measured ones.
+
+    Raises:
+        UserError: the record cannot be written.
+        KeyboardInterrupt: after the child has been ended and its record written as `killed`.
+    """
+    record = new_record(describe(case, resolve(case)), machine)
+    cache = compile_cache(case, machine)
+    with tempfile.TemporaryDirectory(prefix="netdyno-") as scratch:
+        order = Order(
+            case=case,
+            data=data,
+            pictures=Path(scratch),
+            started=time.time(),
+            trace=Path(scratch) / "trace.json.gz" if trace else None,
+        )
+        interrupted = False
+        try:
+            if cache is not None and not (cache / "cold.json").exists() and case.mode != "loader":
+                measure_cold_start(order, cache, listen)
+            watch(order, record, cache, listen)
+        except KeyboardInterrupt:
+            interrupted = True
+            record |= {"status": "killed", "reason": "interrupted"}
+        if cache is not None and (cache / "cold.json").exists() and record["compile"] is not None:
+            record["compile"] = json.loads((cache / "cold.json").read_text()) | record["compile"]
+        keep_files(record, results, Path(scratch))
+        save(record, results)
+    if interrupted:
+        raise KeyboardInterrupt
+    return record
+
+
+def compile_cache(case: Case, machine: dict[str, Any]) -> Path | None:
+    """The compiler cache of everything that compiles as this case does; None for a tuning that does not compile."""
+    if not TUNINGS[case.tuning](None).compile:
+        return None
+    what = describe(case, resolve(case)) | {"seed": None, "mode": None}
+    key = hashlib.sha256(json.dumps([what, machine["slug"], machine["versions"]]).encode()).hexdigest()[:12]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "netdyno" / "compile" / f"{case.workload}-{case.tuning}-{key}"
+
+
+def measure_cold_start(order: Order, cache: Path, listen: Listen) -> None:
+    """Compiles with an empty cache in a child of its own and keeps the times beside the cache that it filled.
+
+    A failure is not kept: the measured child meets it again and its record tells of it.
+    """
+    shutil.rmtree(cache, ignore_errors=True)
+    cold: Record = {"compile": {}}
+    watch(replace(order, compile_only=True, trace=None), cold, cache, listen)
+    if cold.get("status") == "ok":
+        write_atomically(cache / "cold.json", json.dumps(cold["compile"]).encode())
+
+
+def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> None:
+    """Starts a child, follows it to its end and puts what it says, and how it ended, into `record`."""
+    environment = os.environ | ({} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, Gpu.open() as gpu:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "netdyno.bench.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+            start_new_session=True,  # so that its workers end with it
+        )
+        assert child.stdin is not None
+        record |= {"status": "ok", "reason": None}
+        try:
+            child.stdin.write(replace(order, started=time.time()).to_json())
+            child.stdin.close()
+            with Sampler(gpu, child.pid) as sampler:
+                try:
+                    follow(child, record, sampler, listen)
+                except TimeoutError:
+                    record |= {"status": "timeout", "reason": f"no word from the child for {STALL_S:.0f} s"}
+        finally:
+            end(child)
+        code = child.returncode
+        if code < 0 and record["status"] == "ok":
+            record |= {"status": "killed", "reason": f"the child was ended by {signal.Signals(-code).name}"}
+        elif code and record["status"] == "ok":
+            errors.seek(0)
+            last = ([line.strip() for line in errors if line.strip()] or ["it said nothing"])[-1]
+            record |= {"status": "failed", "reason": f"the child ended with exit code {code}: {last}"[:500]}
+        if record.get("memory"):
+            add_memory(record, sampler)
+
+
+def follow(child: subprocess.Popen[str], record: Record, sampler: Sampler, listen: Listen) -> None:
+    """Merges the child's events into `record` until it closes its output; TimeoutError when it falls silent."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert child.stdout
+        for line in child.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=STALL_S)
+        except queue.Empty:
+            raise TimeoutError from None
+        if line is None:
+            child.wait()
+            return
+        event = json.loads(line)
+        if "section" in event:
+            record[event["section"]] = (record.get(event["section"]) or {}) | event["value"]
+        if "status" in event:
+            record |= {"status": event["status"], "reason": event["reason"]}
+        if "stage" in event:
+            sampler.training = event["stage"] in ("train", "measure")
+        listen(event)
+
+
+def add_memory(record: Record, sampler: Sampler) -> None:
+    """What NVML saw of the child; above the tuning's limit the run counts as out of memory."""
+    memory = record["memory"]
+    memory["nvml_process_peak_mib"] = sampler.process_peak_mib
+    record["gpu"] = sampler.summary()
+    limit, peak = memory["limit_mib"], sampler.process_peak_mib
+    if limit is not None and peak is not None and peak > limit and record["status"] == "ok":
+        record |= {
+            "status": "oom",
+            "reason": f"the process peak of {peak:,.0f} MiB is above the limit of {limit:,} MiB",
+        }
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """Ends what is left of the child and its workers."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    if child.stdout:
+        child.stdout.close()
+
+
+def keep_files(record: Record, results: Path, scratch: Path) -> None:
+    """Moves pictures and trace beside the record, named after it; pictures are listed in it with their hashes."""
+    base = path_of(record, results)
+    kept = []
+    for picture in sorted(scratch.glob("*.webp"), key=lambda path: int(path.stem)):
+        content = picture.read_bytes()
+        name = f"{record['id']}.{picture.name}"
+        write_atomically(base.with_name(name), content)
+        kept.append({"epoch": int(picture.stem), "file": name, "sha256": hashlib.sha256(content).hexdigest()})
+    if kept and record["accuracy"]:
+        record["accuracy"]["pictures"] = kept
+    trace = scratch / "trace.json.gz"
+    if trace.exists():
+        write_atomically(base.with_name(f"{record['id']}.{trace.name}"), trace.read_bytes())

@@ -1,0 +1,150 @@
+"""One epoch of training and one evaluation, as plain functions."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torchvision.utils import make_grid
+
+from ..models.dcgan import LATENT
+from .data.loader import Batch, Loader
+from .measure import BlockClock
+from .metrics import psnr, sliced_wasserstein, ssim
+from .step import Step, execute
+from .tuning import Tuning
+from .workloads import Workload
+
+PICTURED = 32  # images in a picture
+SAMPLE_SEED = 20_151_119  # the generator is always judged on the same noise
+
+
+class Diverged(Exception):
+    """The training loss is no longer a finite number."""
+
+
+class Trained(NamedTuple):
+    """What one epoch did."""
+
+    loss: float  # mean over the steps
+    images: int
+    steps: int
+
+
+class Evaluation(NamedTuple):
+    """What one evaluation found: the main metric, further ones by name, and a picture where the objective has one."""
+
+    metric: float
+    further: dict[str, float]
+    images: int
+    picture: torch.Tensor | None  # [3, H, W] in [0, 1]
+
+
+Evaluate = Callable[[], Evaluation]
+
+
+def train_epoch(
+    step: Step, batches: Iterable[Batch], clock: BlockClock, progress: Callable[[int, float], None]
+) -> Trained:
+    """Trains on every batch, timed by `clock`; calls `progress(steps done, loss)` at the end of each block.
+
+    Raises `Diverged` at the first block whose loss is not finite.
+    """
+    images = steps = 0
+    total: torch.Tensor | None = None
+    clock.start()
+    for batch in batches:
+        loss = step(batch.images, batch.labels)
+        total = loss.clone() if total is None else total.add_(loss)
+        images += len(batch.images)
+        steps += 1
+        if clock.step():  # the device is idle here, so that reading the loss waits for nothing
+            value = loss.item()
+            if value != value or value in (float("inf"), float("-inf")):
+                raise Diverged(f"training loss {value} after {steps} steps")
+            progress(steps, value)
+    clock.stop()
+    assert total is not None, "an epoch without a batch"
+    mean = total.item() / steps
+    if not torch.isfinite(torch.tensor(mean)):
+        raise Diverged(f"training loss {mean} in an epoch of {steps} steps")
+    return Trained(mean, images, steps)
+
+
+def make_evaluation(
+    workload: Workload, network: nn.Module, loader: Loader, tuning: Tuning, device: torch.device
+) -> Evaluate:
+    """The function that judges `network` on `loader`'s images by the workload's metric."""
+    maker = {"classify": _classification, "reconstruct": _reconstruction, "adversarial": _generation}
+    return maker[workload.objective](network, loader, tuning, device)
+
+
+def _classification(network: nn.Module, loader: Loader, tuning: Tuning, device: torch.device) -> Evaluate:
+    """Share of right answers, in %."""
+    logits_of = execute(network, tuning, device)
+
+    @torch.no_grad()
+    def evaluate() -> Evaluation:
+        network.eval()
+        right = torch.zeros((), dtype=torch.int64, device=device)
+        images = 0
+        for batch in loader.epoch():
+            guesses = logits_of(batch.images).argmax(dim=1)
+            right += (guesses == batch.labels)[: batch.valid].sum()
+            images += batch.valid
+        network.train()
+        return Evaluation(100.0 * right.item() / images, {}, images, None)
+
+    return evaluate
+
+
+def _reconstruction(network: nn.Module, loader: Loader, tuning: Tuning, device: torch.device) -> Evaluate:
+    """PSNR in dB and SSIM, each averaged over the images; the picture shows originals above reconstructions."""
+    rebuild = execute(network, tuning, device)
+
+    @torch.no_grad()
+    def evaluate() -> Evaluation:
+        network.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        images = 0
+        picture = None
+        for batch in loader.epoch():
+            rebuilt = rebuild(batch.images).float()
+            truth = batch.images.float()
+            totals += torch.stack([psnr(rebuilt, truth)[: batch.valid], ssim(rebuilt, truth)[: batch.valid]]).sum(1)
+            images += batch.valid
+            if picture is None:
+                few = min(PICTURED // 2, batch.valid)
+                picture = make_grid(torch.cat([truth[:few], rebuilt[:few].clamp(0, 1)]), nrow=few)
+        network.train()
+        mean_psnr, mean_ssim = (totals / images).tolist()
+        return Evaluation(mean_psnr, {"ssim": mean_ssim}, images, picture)
+
+    return evaluate
+
+
+def _generation(network: nn.Module, loader: Loader, tuning: Tuning, device: torch.device) -> Evaluate:
+    """Sliced Wasserstein distance ×10³ of held-out images and as many generated ones; the picture shows samples."""
+    generator = network.generator
+    assert isinstance(generator, nn.Module)
+    generate = execute(generator, tuning, device)
+    real = collect(loader)
+    batch_size = len(next(iter(loader.epoch())).images)
+    # drawn on the CPU: the same noise on every device
+    noise = torch.randn(len(real) + batch_size, LATENT, generator=torch.Generator().manual_seed(SAMPLE_SEED)).to(device)
+
+    @torch.no_grad()
+    def evaluate() -> Evaluation:
+        network.eval()
+        fakes = [generate(noise[start : start + batch_size]).float() for start in range(0, len(real), batch_size)]
+        network.train()
+        fake = torch.cat(fakes)[: len(real)]
+        distance = sliced_wasserstein(fake, real)
+        return Evaluation(distance, {}, len(real), make_grid(fake[:PICTURED] / 2 + 0.5, nrow=8))
+
+    return evaluate
+
+
+def collect(loader: Loader) -> torch.Tensor:
+    """All images of one epoch, without padding: float32 [N, C, H, W]."""
+    return torch.cat([batch.images[: batch.valid].float() for batch in loader.epoch()])

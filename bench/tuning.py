@@ -1,0 +1,70 @@
+"""How a workload is executed, and the policy that picks a precision for a GPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Capability = tuple[int, int] | None  # CUDA compute capability; None: a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """One way to execute a workload. It never changes what is computed beyond rounding."""
+
+    name: str
+    precision: Literal["fp32", "bf16", "fp16"]
+    channels_last: bool
+    compile: bool
+    fused_optimizer: bool
+    loader: Literal["dali", "torch"]
+    needs_gpu: bool = False
+    memory_limit_mib: int | None = None  # the run counts as out of memory when the process peak (NVML) is above
+
+
+def precision_for(capability: Capability) -> Literal["bf16", "fp16"]:
+    """bf16 on CPUs and from sm_80 on, fp16 with a gradient scaler below.
+
+    Decided by capability: `torch.cuda.is_bf16_supported()` also answers True where bf16 is emulated.
+    """
+    return "bf16" if capability is None or capability >= (8, 0) else "fp16"
+
+
+def tuned(capability: Capability) -> Tuning:
+    """The default: everything that makes this card faster."""
+    return Tuning(
+        name="tuned",
+        precision=precision_for(capability),
+        channels_last=True,
+        compile=True,
+        fused_optimizer=True,
+        loader="dali",
+    )
+
+
+def eager(capability: Capability) -> Tuning:
+    """What people write first: eager fp32 and a `DataLoader`."""
+    return Tuning(
+        name="eager",
+        precision="fp32",
+        channels_last=False,
+        compile=False,
+        fused_optimizer=False,
+        loader="torch",
+    )
+
+
+def t4(capability: Capability) -> Tuning:
+    """The policy of a T4 (sm_75, 16 GB) on whatever GPU is there: fp16, gradient scaler, at most 14 GiB."""
+    return Tuning(
+        name="t4",
+        precision="fp16",
+        channels_last=True,
+        compile=True,
+        fused_optimizer=True,
+        loader="dali",
+        needs_gpu=True,
+        memory_limit_mib=14 * 1024,
+    )
+
+
+TUNINGS: dict[str, Callable[[Capability], Tuning]] = {"tuned": tuned, "eager": eager, "t4": t4}

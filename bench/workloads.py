@@ -1,0 +1,292 @@
+"""The workloads: a network, its data set, its objective and its target, one function each.
+
+`WORKLOADS` lists them; a suite turns a workload into the form in which it runs (`SUITES`). Specs are pure values:
+making one touches no GPU, file or environment. A new network needs one file in `models/` and one function here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from ..models.cifar10_cnn import Cifar10Cnn
+from ..models.cifar100_cnn import Cifar100Cnn
+from ..models.conv_autoencoder import ConvAutoencoder
+from ..models.dcgan import Dcgan
+from ..models.mnist_cnn import MnistCnn
+from ..models.resnet50_transfer import ResNet50Transfer
+from .errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """What happens to an image between the stored uint8 values and the network."""
+
+    mean: tuple[float, ...]  # per channel, of values scaled to [0, 1]
+    std: tuple[float, ...]
+    crop_padding: int = 0  # training, array sets: reflect-pad by so many pixels, then a random crop of the old size
+    flip: bool = False  # training: mirror left-right with probability ½
+    shear_deg: float = 0.0  # training, JPEG sets: uniform in ±shear_deg
+    zoom: float = 0.0  # training, JPEG sets: factor uniform in [1 - zoom, 1 + zoom]
+    image_size: int | None = None  # JPEG sets: side of the square that the network sees, in pixels
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or min(self.std) <= 0:
+            raise ValueError("mean and std need one value a channel, std above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a workload is trained. The closed division leaves it free; only the target counts."""
+
+    batch_size: int
+    epochs: int
+    optimizer: Literal["sgd", "adam", "rmsprop"]
+    learning_rate: float  # the peak, under a schedule
+    momentum: float = 0.0  # sgd: momentum; adam: β₁
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    train_images: int | None = None  # images of the training split that are used, spread evenly; None: all
+    eval_images: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.epochs) < 1 or self.learning_rate <= 0:
+            raise ValueError("batch_size and epochs must be at least 1, learning_rate above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """The figure of merit of a workload."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+
+
+ACCURACY = Metric(name="test accuracy", unit="%", higher_is_better=True)
+PSNR = Metric(name="PSNR", unit="dB", higher_is_better=True)
+SWD = Metric(name="SWD", unit="×10³", higher_is_better=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One workload; `recipe` is ours, `source` the published one, `quick` a short form for any machine."""
+
+    name: str
+    dataset: str
+    objective: Literal["classify", "reconstruct", "adversarial"]
+    network: Callable[..., nn.Module]  # classify: called with the number of classes, else with nothing
+    preprocess: Preprocess
+    metric: Metric
+    recipe: Recipe
+    source: Recipe
+    quick: Recipe
+    eval_batch_size: int
+    target: float | None = None  # in the metric's unit; a run reaches it by its final metric
+    also_at_least: Mapping[str, float] | None = None  # further metrics that the final epoch must reach
+    target_share: float | None = None  # SWD: the share of (untrained - real) that may be left
+    weights: Literal["imagenet", "random"] | None = None  # what a transfer network starts from
+    division: str = "closed"
+
+
+def mnist_cnn() -> Workload:
+    """MNIST to 99.0 %. Source: SGD 0.01, momentum 0.9, batch 32, 10 epochs."""
+    recipe = Recipe(batch_size=256, epochs=10, optimizer="sgd", learning_rate=0.1, momentum=0.9, schedule="one-cycle")
+    return Workload(
+        name="mnist-cnn",
+        dataset="mnist",
+        objective="classify",
+        network=MnistCnn,
+        preprocess=Preprocess(mean=(0.0,), std=(1.0,)),
+        metric=ACCURACY,
+        target=99.0,
+        recipe=recipe,
+        source=Recipe(batch_size=32, epochs=10, optimizer="sgd", learning_rate=0.01, momentum=0.9),
+        quick=replace(recipe, batch_size=128, epochs=2, train_images=12_800, eval_images=2_000),
+        eval_batch_size=1_000,
+    )
+
+
+CIFAR10_PREPROCESS = Preprocess(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), crop_padding=4, flip=True)
+
+
+def cifar10_cnn() -> Workload:
+    """CIFAR-10. Source: SGD 0.001, momentum 0.9, batch 64, 100 epochs; its median over five seeds is the target."""
+    recipe = Recipe(
+        batch_size=512,
+        epochs=40,
+        optimizer="sgd",
+        learning_rate=0.1,
+        momentum=0.9,
+        weight_decay=5e-4,
+        schedule="one-cycle",
+    )
+    return Workload(
+        name="cifar10-cnn",
+        dataset="cifar10",
+        objective="classify",
+        network=Cifar10Cnn,
+        preprocess=CIFAR10_PREPROCESS,
+        metric=ACCURACY,
+        recipe=recipe,
+        source=Recipe(batch_size=64, epochs=100, optimizer="sgd", learning_rate=0.001, momentum=0.9),
+        quick=replace(recipe, batch_size=128, epochs=2, learning_rate=0.05, train_images=6_400, eval_images=2_000),
+        eval_batch_size=1_000,
+    )
+
+
+def cifar100_cnn() -> Workload:
+    """CIFAR-100, fine labels, to 56 %. Source: RMSprop 1e-4, batch 64, 200 epochs; 30 s an epoch on a T4."""
+    recipe = Recipe(batch_size=256, epochs=60, optimizer="adam", learning_rate=1e-3, momentum=0.9, schedule="one-cycle")
+    return Workload(
+        name="cifar100-cnn",
+        dataset="cifar100",
+        objective="classify",
+        network=Cifar100Cnn,
+        preprocess=Preprocess(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), crop_padding=4, flip=True),
+        metric=ACCURACY,
+        target=56.0,
+        recipe=recipe,
+        source=Recipe(batch_size=64, epochs=200, optimizer="rmsprop", learning_rate=1e-4),
+        quick=replace(recipe, batch_size=64, epochs=2, train_images=1_600, eval_images=500),
+        eval_batch_size=500,
+    )
+
+
+def conv_autoencoder() -> Workload:
+    """CIFAR-10 images rebuilt from 4 channels. Source: Adam 1e-3, batch 32, 100 epochs; its median is the target."""
+    recipe = Recipe(
+        batch_size=256, epochs=100, optimizer="adam", learning_rate=1e-2, momentum=0.9, schedule="one-cycle"
+    )
+    return Workload(
+        name="conv-autoencoder",
+        dataset="cifar10",
+        objective="reconstruct",
+        network=ConvAutoencoder,
+        preprocess=Preprocess(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        metric=PSNR,
+        also_at_least={"ssim": 0.96},
+        recipe=recipe,
+        source=Recipe(batch_size=32, epochs=100, optimizer="adam", learning_rate=1e-3, momentum=0.9),
+        quick=replace(recipe, batch_size=128, epochs=2, train_images=6_400, eval_images=1_000),
+        eval_batch_size=1_000,
+    )
+
+
+def dcgan() -> Workload:
+    """Anime faces from the paper's DCGAN. Source: Adam 2e-4, β₁ 0.5, label smoothing 0.1, batch 128, 70 epochs."""
+    recipe = Recipe(batch_size=128, epochs=70, optimizer="adam", learning_rate=2e-4, momentum=0.5)
+    return Workload(
+        name="dcgan",
+        dataset="anime_faces",
+        objective="adversarial",
+        network=Dcgan,
+        preprocess=Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), image_size=64),
+        metric=SWD,
+        target_share=0.25,
+        recipe=recipe,
+        source=recipe,
+        quick=replace(recipe, batch_size=16, epochs=2, train_images=400, eval_images=200),
+        eval_batch_size=100,
+    )
+
+
+def resnet50_transfer() -> Workload:
+    """Flowers on frozen ImageNet features, to 89.05 %. Source: Adam, batch 32, 50 epochs; T4: 82 images/s.
+
+    Without ImageNet weights the features are random, and there is no target.
+    """
+    recipe = Recipe(batch_size=32, epochs=50, optimizer="adam", learning_rate=1e-3, momentum=0.9)
+    return Workload(
+        name="resnet50-transfer",
+        dataset="flowers",
+        objective="classify",
+        network=ResNet50Transfer,
+        preprocess=Preprocess(
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            image_size=224,
+            shear_deg=11.5,  # 0.2 rad
+            zoom=0.2,
+            flip=True,
+        ),
+        metric=ACCURACY,
+        target=89.05,
+        recipe=recipe,
+        source=recipe,
+        quick=replace(recipe, epochs=2, train_images=256, eval_images=64),
+        eval_batch_size=32,
+        weights="imagenet",
+    )
+
+
+WORKLOADS: tuple[Callable[[], Workload], ...] = (
+    mnist_cnn,
+    cifar10_cnn,
+    cifar100_cnn,
+    conv_autoencoder,
+    dcgan,
+    resnet50_transfer,
+)
+
+
+def quick(workload: Workload) -> Workload:
+    """Two short epochs on a part of the data: shows that everything works, and has no target."""
+    return replace(workload, recipe=workload.quick, target=None, also_at_least=None, target_share=None)
+
+
+def full(workload: Workload) -> Workload:
+    """Our recipe, to the target."""
+    return workload
+
+
+def source(workload: Workload) -> Workload:
+    """The published recipe, without augmentation of array sets: what the targets are measured with."""
+    preprocess = replace(workload.preprocess, crop_padding=0)
+    if workload.preprocess.image_size is None:
+        preprocess = replace(preprocess, flip=False)
+    return replace(workload, recipe=workload.source, preprocess=preprocess)
+
+
+SUITES: dict[str, Callable[[Workload], Workload]] = {"quick": quick, "full": full, "source": source}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What one child process runs: a workload in a suite's form, under a tuning, in a mode, from a seed."""
+
+    workload: str
+    suite: str
+    tuning: str
+    mode: Literal["e2e", "compute", "loader"] = "e2e"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.workload} {self.tuning} {self.mode} seed {self.seed}"
+
+
+def names() -> list[str]:
+    return [function().name for function in WORKLOADS]
+
+
+def find(name: str) -> Workload:
+    """The workload called `name`; a `UserError` that lists the known ones otherwise."""
+    for function in WORKLOADS:
+        workload = function()
+        if workload.name == name:
+            return workload
+    raise UserError(f"unknown workload {name!r}; known are {', '.join(names())}")
+
+
+def resolve(case: Case) -> Workload:
+    """The workload in the form in which `case` runs it."""
+    return SUITES[case.suite](find(case.workload))
+
+
+def describe(case: Case, workload: Workload) -> dict[str, Any]:
+    """The record's `case`: which case it was and, under `recipe`, every setting that decides its work."""
+    recipe = asdict(workload.recipe) | {"preprocess": asdict(workload.preprocess)}
+    if workload.weights is not None:
+        recipe["weights"] = workload.weights
+    return asdict(case) | {"division": workload.division, "gpus": 1, "recipe": recipe}

@@ -1,0 +1,1 @@
+"""Kernels, one file each: the reference in PyTorch beside the Triton kernel."""

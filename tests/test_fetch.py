@@ -1,0 +1,407 @@
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import pickle
+import socket
+import struct
+import tarfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torchvision.datasets
+from PIL import Image
+
+from netdyno.bench.data import fetch as module
+from netdyno.bench.data import prepared
+from netdyno.bench.data.fetch import fetch
+from netdyno.bench.data.prepared import load, sha256_of, verify
+from netdyno.bench.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def quiet(line: str) -> None:
+    assert "\n" not in line
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def closed_port() -> str:
+    """An address on this machine where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}/"
+
+
+def assert_nothing_left(root: Path) -> None:
+    assert [path for path in root.iterdir() if path.name != "downloads"] == []
+
+
+# --- MNIST ---
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    return gzip.compress(header + array.tobytes())
+
+
+@pytest.fixture
+def mnist(site: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A small MNIST in the original form, which torchvision and fetch take for the real one."""
+    arrays = {
+        split: (RNG.integers(0, 256, (count, 28, 28), np.uint8), RNG.integers(0, 10, count).astype(np.uint8))
+        for split, count in (("train", 20), ("t10k", 10))
+    }
+    resources = []
+    for split, (images, labels) in arrays.items():
+        for file, array in ((f"{split}-images-idx3-ubyte.gz", images), (f"{split}-labels-idx1-ubyte.gz", labels)):
+            (site / file).write_bytes(idx(array))
+            resources.append((file, md5((site / file).read_bytes())))
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [site.as_uri() + "/"])
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
+    renamed = {"train": arrays["train"], "test": arrays["t10k"]}
+    known = {s: (sha256_of(images), sha256_of(labels.astype(np.int64))) for s, (images, labels) in renamed.items()}
+    monkeypatch.setattr(module, "MNIST_SHA256", known)
+    return renamed
+
+
+def test_mnist_is_converted(root: Path, mnist: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    lines: list[str] = []
+    fetch("mnist", root, lines.append)
+    for split, (images, labels) in mnist.items():
+        found = load("mnist", split, root)
+        assert found.label == "official"
+        np.testing.assert_array_equal(found.images, images[..., None])
+        np.testing.assert_array_equal(found.labels, labels)
+    assert verify("mnist", root) == []
+    assert [path.name for path in root.iterdir()] == ["mnist"]
+    assert any("downloading" in line for line in lines)
+    assert lines[-1] == f"mnist: ready in {root / 'mnist'}"
+
+
+def test_a_set_that_is_there_is_left_alone(root: Path, mnist: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch("mnist", root, quiet)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [])
+    lines: list[str] = []
+    fetch("mnist", root, lines.append)
+    assert lines == [f"mnist: already in {root / 'mnist'}"]
+
+
+def test_the_second_mirror_is_tried(
+    root: Path, mnist: object, closed_port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [closed_port, *torchvision.datasets.MNIST.mirrors])
+    fetch("mnist", root, quiet)
+    assert len(load("mnist", "train", root)) == 20
+
+
+def test_mnist_with_other_pixels_is_refused(root: Path, mnist: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MNIST_SHA256", {"train": ("0", "0"), "test": ("0", "0")})
+    with pytest.raises(UserError, match="the train arrays are not those of the original files"):
+        fetch("mnist", root, quiet)
+    assert_nothing_left(root)
+
+
+def test_known_hashes_are_those_of_the_real_files(data_root: Path) -> None:
+    manifest = json.loads((data_root / "mnist" / "manifest.json").read_text())["splits"]
+    found = {split: (facts["sha256"], facts["labels_sha256"]) for split, facts in manifest.items()}
+    assert found == module.MNIST_SHA256
+
+
+# --- CIFAR ---
+
+
+def python2_pickle(value: object) -> bytes:
+    """As Python 2 wrote it: a dtype's flags are numbers, of which NumPy warns from 2.4 on."""
+    flags = b"u1q\x00\x89\x88\x87"  # 'u1', False, True
+    content = pickle.dumps(value, protocol=2)
+    for memo in range(256):
+        content = content.replace(flags[:3] + bytes([memo]) + flags[4:], b"u1q" + bytes([memo]) + b"K\x00K\x01\x87")
+    return content
+
+
+def pack(target: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(target, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def cifar(request: pytest.FixtureRequest, site: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A small CIFAR in the authors' form: rows of 3,072 bytes, a plane a colour."""
+    name = request.param
+    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    key, classes = ("labels", 10) if name == "cifar10" else ("fine_labels", 100)
+    batches = {file: 4 for file, _ in cls.train_list} | {file: 3 for file, _ in cls.test_list}
+    images = {file: RNG.integers(0, 256, (count, 3, 32, 32), np.uint8) for file, count in batches.items()}
+    labels = {file: [int(label) for label in RNG.integers(0, classes, count)] for file, count in batches.items()}
+    files = {file: python2_pickle({"data": images[file].reshape(-1, 3072), key: labels[file]}) for file in batches}
+    files[cls.meta["filename"]] = pickle.dumps({cls.meta["key"]: [str(i) for i in range(classes)]}, protocol=2)
+    archive = site / cls.filename
+    pack(archive, {f"{cls.base_folder}/{file}": content for file, content in files.items()})
+    monkeypatch.setattr(cls, "url", archive.as_uri())
+    monkeypatch.setattr(cls, "tgz_md5", md5(archive.read_bytes()))
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5(files[cls.meta["filename"]])})
+    for part in ("train_list", "test_list"):
+        monkeypatch.setattr(cls, part, [[file, md5(files[file])] for file, _ in getattr(cls, part)])
+    return {"name": name, "cls": cls, "images": images, "labels": labels, "archive": archive}
+
+
+def test_cifar_is_converted(root: Path, cifar: dict[str, Any]) -> None:
+    name, cls = cifar["name"], cifar["cls"]
+    fetch(name, root, quiet)
+    for split, batches in (("train", cls.train_list), ("test", cls.test_list)):
+        found = load(name, split, root)
+        images = np.concatenate([cifar["images"][file] for file, _ in batches]).transpose(0, 2, 3, 1)
+        np.testing.assert_array_equal(found.images, images)
+        np.testing.assert_array_equal(found.labels, [label for file, _ in batches for label in cifar["labels"][file]])
+        assert found.label == "official"
+    assert verify(name, root) == []
+    assert [path.name for path in root.iterdir()] == [name]
+
+
+def test_a_changed_archive_is_refused_before_it_is_opened(root: Path, cifar: dict[str, Any]) -> None:
+    cifar["archive"].write_bytes(cifar["archive"].read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="is not the known archive: md5") as caught:
+        fetch(cifar["name"], root, quiet)
+    assert cifar["cls"].filename in str(caught.value)
+    assert_nothing_left(root)
+
+
+def test_an_archive_in_downloads_needs_no_network(
+    root: Path, cifar: dict[str, Any], closed_port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar["cls"], "url", closed_port)
+    (root / "downloads").mkdir(parents=True)
+    kept = root / "downloads" / cifar["cls"].filename
+    kept.write_bytes(cifar["archive"].read_bytes())
+    fetch(cifar["name"], root, quiet)
+    assert len(load(cifar["name"], "test", root)) == 3
+    assert kept.is_file()
+
+
+# --- flowers ---
+
+
+def jpeg(width: int, height: int, seed: int, kind: str = "JPEG") -> bytes:
+    content = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(content, kind)
+    return content.getvalue()
+
+
+@pytest.fixture
+def flowers(site: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes]]:
+    """Ten photographs a class, one of them twice, and entries that try to leave their folder."""
+    images = {
+        label: [jpeg(40 + i, 30, 100 * n + i) for i in range(10)] for n, label in enumerate(module.FLOWERS_CLASSES)
+    }
+    files = {f"flower_photos/{label}/{i}.jpg": image for label, all_ in images.items() for i, image in enumerate(all_)}
+    files["flower_photos/LICENSE.txt"] = b"CC-BY"
+    files["flower_photos/roses/again.jpg"] = images["roses"][0]
+    files["../../tulips/../../escaped.jpg"] = b"not wanted"
+    files["/flower_photos/orchids/0.jpg"] = b"not wanted either"
+    archive = site / "flower_photos.tgz"
+    pack(archive, files)
+    monkeypatch.setattr(module, "FLOWERS_URL", archive.as_uri())
+    monkeypatch.setattr(module, "FLOWERS_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    return images
+
+
+def test_flowers_are_split_by_content(root: Path, flowers: dict[str, list[bytes]]) -> None:
+    fetch("flowers", root, quiet)
+    content = {}
+    for split, count in (("train", 40), ("test", 10)):
+        found = load("flowers", split, root)
+        assert found.files is not None
+        assert found.labels is not None
+        assert (len(found), found.label) == (count, "own")
+        assert np.bincount(found.labels).tolist() == [count // 5] * 5
+        content[split] = {path.read_bytes(): label for path, label in zip(found.files, found.labels, strict=True)}
+    assert not content["train"].keys() & content["test"].keys()
+    expected = {image: number for number, images in enumerate(flowers.values()) for image in images}
+    assert content["train"] | content["test"] == expected
+    manifest = json.loads((root / "flowers" / "manifest.json").read_text())
+    assert manifest["classes"] == ["daisy", "dandelion", "rose", "sunflower", "tulip"]
+    assert manifest["source_sha256"] == module.FLOWERS_SHA256
+    assert verify("flowers", root) == []
+    assert not [*root.parent.rglob("escaped*")]
+
+
+# --- faces ---
+
+
+def pack_faces(root: Path, files: dict[str, bytes]) -> Path:
+    archive = root / "downloads" / "anime_faces.zip"
+    archive.parent.mkdir(parents=True)
+    with zipfile.ZipFile(archive, "w") as target:
+        for name, content in files.items():
+            target.writestr(name, content)
+    return archive
+
+
+def test_faces_without_an_archive_say_where_to_get_it(root: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"account.*kaggle\.com/datasets/splcher/animefacedataset.*anime_faces\.zip"
+    ) as caught:
+        fetch("anime_faces", root, quiet)
+    assert str(root / "downloads" / "anime_faces.zip") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_faces_are_kept_or_resized(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in (module, prepared):
+        monkeypatch.setattr(where, "HELD_OUT", 1)
+    exact = jpeg(64, 64, 0)
+    grey = io.BytesIO()
+    Image.new("L", (64, 64), 90).save(grey, "JPEG")
+    files = {
+        "images/0.jpg": exact,
+        "images/1.jpg": jpeg(90, 100, 1),
+        "../../images/2.png": jpeg(64, 64, 2, "PNG"),
+        "images/3.jpg": grey.getvalue(),
+        "images/readme.txt": b"no image",
+    }
+    archive = pack_faces(root, files)
+    fetch("anime_faces", root, quiet)
+    faces = sorted((root / "anime_faces" / "train").iterdir())
+    assert [path.name for path in faces] == [f"{i:05d}.jpg" for i in range(4)]
+    for path in faces:
+        with Image.open(path) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
+    assert faces[1].read_bytes() == exact  # '../../images/2.png' sorts before it
+    assert len(load("anime_faces", "train", root)) == 3
+    assert verify("anime_faces", root) == []
+    manifest = json.loads((root / "anime_faces" / "manifest.json").read_text())
+    assert manifest["source_sha256"] == hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert not [*root.parent.rglob("2.png")]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"images/0.jpg": b"no image"}, r"'images/0\.jpg' in .* cannot be decoded"),
+        ({"images/0.jpg": jpeg(90, 90, 0)[:-400]}, r"'images/0\.jpg' in .* cannot be decoded"),
+        ({"images/0.jpg": bytes(17 << 20)}, r"'images/0\.jpg' in .* larger than 16 MiB"),
+        ({"images/0.jpg": jpeg(64, 64, 0)}, r"holds 1 images, but the last 1000 are held out"),
+    ],
+)
+def test_bad_faces_are_named(root: Path, files: dict[str, bytes], message: str) -> None:
+    pack_faces(root, files)
+    with pytest.raises(UserError, match=message):
+        fetch("anime_faces", root, quiet)
+    assert_nothing_left(root)
+
+
+def test_a_damaged_zip_is_named(root: Path) -> None:
+    archive = pack_faces(root, {"images/0.jpg": jpeg(64, 64, 0)})
+    for content in (b"", archive.read_bytes()[:-30], archive.read_bytes().replace(b"\xff\xd8", b"\xff\xd7", 1)):
+        archive.write_bytes(content)
+        with pytest.raises(UserError, match=r"anime_faces\.zip cannot be read as a zip archive"):
+            fetch("anime_faces", root, quiet)
+    assert_nothing_left(root)
+
+
+# --- the network ---
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100", "flowers"])
+def test_no_network_is_one_line_and_soon(
+    root: Path, closed_port: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [closed_port])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", closed_port)
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "url", closed_port)
+    monkeypatch.setattr(module, "FLOWERS_URL", closed_port)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=r"cannot download .*refused.*check the network, or put it at ") as caught:
+        fetch(name, root, quiet)
+    assert time.monotonic() - begun < 10
+    assert "\n" not in str(caught.value)
+    assert str(root / "downloads") in str(caught.value)
+    assert_nothing_left(root)
+
+
+def test_a_host_that_never_answers_is_given_up(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(module, "FLOWERS_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/flower_photos.tgz")
+        monkeypatch.setattr(module, "ANSWER_S", 0.3)
+        monkeypatch.setattr(module, "STALL_S", 0.6)
+        with pytest.raises(UserError, match="no answer within"):
+            fetch("flowers", root, quiet)
+        time.sleep(0.5)  # the thread that waits ends before its socket does
+
+
+@pytest.fixture
+def stalling_server() -> Iterator[str]:
+    """Promises 1,000 bytes, sends 10 and hangs up; for /none it has nothing."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/none":
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"0123456789")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_broken_download_is_refused(root: Path, stalling_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FLOWERS_URL", f"{stalling_server}/flower_photos.tgz")
+    with pytest.raises(UserError, match=r"flower_photos\.tgz.*10 bytes.*is not the known archive: sha256"):
+        fetch("flowers", root, quiet)
+    monkeypatch.setattr(module, "FLOWERS_URL", f"{stalling_server}/none")
+    with pytest.raises(UserError, match="Not Found"):
+        fetch("flowers", root, quiet)
+    assert_nothing_left(root)
+
+
+def test_an_unknown_set_lists_the_known_ones(root: Path) -> None:
+    with pytest.raises(UserError, match="unknown data set 'cats'; known are mnist"):
+        fetch("cats", root, quiet)
+
+
+def test_a_full_disk_is_one_line(root: Path, mnist: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"cannot write .*mnist: No space left on device"):
+        fetch("mnist", root, quiet)
+    assert_nothing_left(root)

@@ -1,0 +1,183 @@
+"""What becomes of records: groups, medians, speed-ups and failures, computed by hand."""
+
+import math
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from made_up_records import CPU, DRAWN, EAGER, OFFICIAL, accuracy, make, records
+
+from netdyno.bench.summary import Row, summarise
+
+
+def one(*made: dict[str, Any]) -> Row:
+    (row,) = summarise(made)
+    return row
+
+
+def test_a_row_is_the_median_of_its_records() -> None:
+    row = one(
+        make(1, images_per_s=100.0, host_rss_peak_mib=10.0, accuracy=accuracy([90.0, 98.0])),
+        make(2, images_per_s=130.0, host_rss_peak_mib=30.0, accuracy=accuracy([92.0, 99.5])),
+        make(3, images_per_s=110.0, host_rss_peak_mib=20.0, accuracy=accuracy([91.0, 99.0])),
+    )
+    assert (row.n, row.images_per_s, row.images_per_s_low, row.images_per_s_high) == (3, 110.0, 100.0, 130.0)
+    assert row.host_rss_peak_mib == 20.0
+    assert row.metric_by_epoch == (91.0, 99.0)
+    assert (row.metric_final, row.metric_final_low, row.metric_final_high) == (99.0, 98.0, 99.5)
+    assert (row.target, row.reached_n, row.train_s_to_target) == (99.0, 2, 10.0)
+    assert row.paths[0] == "nvidia-h200/mnist-cnn/tuned-e2e-20261123T120001Z-000001.json"
+
+
+def test_two_records_have_a_median_and_no_spread() -> None:
+    row = one(make(1, images_per_s=100.0), make(2, images_per_s=130.0))
+    assert (row.n, row.images_per_s, row.images_per_s_low) == (2, 115.0, None)
+
+
+def test_a_record_that_misses_its_target_counts_as_endless() -> None:
+    missed, reached = accuracy([90.0, 98.0]), accuracy([99.0, 99.0])
+    assert one(make(1, accuracy=missed), make(2, accuracy=reached)).train_s_to_target is None
+    row = one(make(1, accuracy=missed), make(2, accuracy=reached), make(3, accuracy=accuracy([97.0, 99.0])))
+    assert (row.reached_n, row.train_s_to_target) == (2, 10.0)  # the middle of 5, 10 and never
+    assert one(make(1, accuracy=accuracy([90.0], None))).reached_n is None
+
+
+def test_epochs_without_a_metric_keep_their_place() -> None:
+    assert one(make(1, accuracy=accuracy([None, 50.0, None, 60.0], None))).metric_by_epoch == (None, 50.0, None, 60.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"machine": CPU},
+        {"suite": "quick"},
+        {"data": DRAWN},
+        {"data": {**OFFICIAL, "label": "re-split"}},
+        {"data": {**OFFICIAL, "sha256": {"train": "other", "test": "bb22"}}},
+        {"workload": "cifar10-cnn"},
+        {"division": "open"},
+        {"tuning": "amp"},
+        {"mode": "compute"},
+        {"gpus": 8},
+        {"timing_version": 2},
+        {"recipe": {"batch_size": 128, "epochs": 3, "lr": 0.01}},
+    ],
+)
+def test_records_that_differ_in_what_decides_a_number_never_share_a_row(changes: dict[str, Any]) -> None:
+    assert [row.n for row in summarise([make(1), make(2, **changes)])] == [1, 1]
+
+
+def test_seeds_share_a_row() -> None:
+    assert one(make(1), make(2, seed=1)).n == 2
+
+
+def test_speedup_over_eager() -> None:
+    tuned, eager = summarise(
+        [
+            make(1, images_per_s=100.0, **EAGER),
+            make(2, images_per_s=300.0, **EAGER),
+            make(3, images_per_s=700.0),
+            make(4, images_per_s=900.0),
+        ]
+    )
+    assert (tuned.tuning, eager.tuning) == ("tuned", "eager")
+    assert tuned.speedup_over_eager == 4.0  # 800 ÷ 200
+    assert tuned.eager_images_per_s == 200.0
+    assert tuned.eager_ids == eager.ids
+    assert tuned.differs_from_eager == ()
+    assert eager.speedup_over_eager == 1.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"machine": CPU}, {"suite": "quick"}, {"data": DRAWN}, {"mode": "compute"}, {"gpus": 2}, {"timing_version": 2}],
+)
+def test_no_speedup_across_what_may_not_be_compared(changes: dict[str, Any]) -> None:
+    tuned = next(row for row in summarise([make(1), make(2, **EAGER, **changes)]) if row.tuning == "tuned")
+    assert tuned.speedup_over_eager is None
+
+
+def test_eager_of_the_same_recipe_is_preferred_and_a_difference_is_told() -> None:
+    small, large = {"batch_size": 128, "lr": 0.01}, {"batch_size": 2048, "lr": 0.1}
+    same = make(1, images_per_s=100.0, recipe=large, **EAGER)
+    newer = make(2, images_per_s=50.0, recipe=small, **EAGER)
+    tuned = make(3, images_per_s=200.0, recipe=large)
+    row = summarise([same, newer, tuned])[0]
+    assert (row.speedup_over_eager, row.differs_from_eager) == (2.0, ())
+    row = summarise([newer, tuned])[0]
+    assert row.speedup_over_eager == 4.0
+    assert row.differs_from_eager == ("batch_size 2,048 against 128", "lr 0.1 against 0.01")
+
+
+def test_failures_are_rows_until_a_newer_record_of_the_case_is_ok() -> None:
+    oom = make(2, status="oom", reason="CUDA out of memory")
+    row = one(oom)
+    assert (row.status, row.reason, row.n, row.images_per_s) == ("oom", "CUDA out of memory", 1, None)
+    assert [row.status for row in summarise([make(1), oom])] == ["ok", "oom"]
+    assert [row.status for row in summarise([oom, make(3)])] == ["ok"]
+    before_its_data = make(2, status="failed", reason="no such file", data=None)
+    assert [row.status for row in summarise([before_its_data, make(3)])] == ["ok"]
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"data": DRAWN}, {"mode": "compute"}, {"machine": CPU}])
+def test_success_elsewhere_hides_no_failure(changes: dict[str, Any]) -> None:
+    oom = make(2, status="oom", reason="CUDA out of memory")
+    assert sorted(row.status for row in summarise([oom, make(3, **changes)])) == ["ok", "oom"]
+
+
+def test_equal_failures_share_a_row() -> None:
+    failures = [make(number, status="timeout", reason="600 s", seed=number) for number in (1, 2)]
+    assert one(*failures).n == 2
+
+
+def test_failed_records_add_nothing_to_a_median() -> None:
+    ok, failed = summarise([make(1, images_per_s=100.0), make(2, images_per_s=900.0, status="diverged", reason="NaN")])
+    assert (ok.images_per_s, ok.n, failed.images_per_s, failed.metric_final) == (100.0, 1, None, None)
+    assert failed.speedup_over_eager is None
+
+
+def test_the_order_of_records_does_not_matter() -> None:
+    shuffled = records()
+    random.Random(0).shuffle(shuffled)
+    assert summarise(shuffled) == summarise(records())
+
+
+def branches(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    below = [branches(item, (*path, name)) for name, item in value.items()] if isinstance(value, dict) else []
+    return [path, *(branch for found in below for branch in found)] if path else [b for found in below for b in found]
+
+
+JUNK = ["absent", None, "text", [], {}, True, math.nan, -math.inf, 10**400, -1, [{}], [None]]
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk)[:9])
+def test_any_part_of_a_record_may_be_missing_or_wrong(junk: Any) -> None:
+    for path in branches(make(1)):
+        record = make(9)
+        parent: Any = record
+        for name in path[:-1]:
+            parent = parent[name]
+        if junk == "absent":
+            del parent[path[-1]]
+        else:
+            parent[path[-1]] = junk
+        assert sum(row.n for row in summarise([record, make(2), make(3, **EAGER)])) == 3
+
+
+def test_numbers_that_are_none_are_missing() -> None:
+    for images_per_s in (math.nan, math.inf, "12", True, None):
+        assert one(make(1, images_per_s=images_per_s)).images_per_s is None
+    assert one(make(1, images_per_s=math.nan), make(2, images_per_s=5.0)).images_per_s == 5.0
+
+
+def test_strings_lose_line_breaks_and_invisible_characters() -> None:
+    row = one(make(1, workload="a\nb\x1b[31m\u202e c", recipe={"batch_size": 1, "k\n": "v\n" + "x" * 500}))
+    assert row.workload == "a b [31m c"
+    assert len(row.recipe["k"]) == 300
+
+
+def test_summary_needs_no_torch() -> None:
+    code = "import netdyno.bench.summary, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
