@@ -10,12 +10,13 @@ measured before a failure is kept:
 """
 
 import json
+import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -29,41 +30,20 @@ from .data import baseline, dali, prepared, weights
 from .data.loader import Batch, Loader
 from .data.prepared import ImageSet
 from .errors import UserError
-from .measure import TIMING_VERSION, BlockClock, peak_memory, reset_peak_memory
+from .measure import TIMING_VERSION, BlockClock, peak_memory, reset_peak_memory, warm_up
 from .metrics import sliced_wasserstein
+from .order import Order
 from .stats import seconds_to_target
 from .step import DTYPES, Step, make_step
 from .train import Diverged, Evaluate, Evaluation, collect, make_evaluation, train_epoch
 from .tuning import TUNINGS, Tuning
-from .workloads import Case, Workload, describe, resolve
+from .workloads import Workload, describe, resolve
 
-WARMUP_STEPS = 3  # the first compiles, the second sees the allocator's final state, the third is ordinary
 PICTURED_EPOCHS = {1, 2, 5, 10, 20, 50, 100}  # and the last
 TRACED_STEPS = 5
 BASELINE_WORKERS = 8  # of the DataLoader, or one a core where there are fewer
 
 Emit = Callable[..., None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Order:
-    """What the parent asks of the child."""
-
-    case: Case
-    data: Path
-    pictures: Path  # an empty folder for pictures, `<epoch>.webp` each
-    started: float  # time.time() when the parent started the child
-    compile_only: bool = False  # compile, say how long it took, and end
-    trace: Path | None = None  # where to put a profiler trace
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), default=str)
-
-    @staticmethod
-    def from_json(text: str) -> "Order":
-        values = json.loads(text)
-        paths = {name: Path(values[name]) if values[name] else None for name in ("data", "pictures", "trace")}
-        return Order(**(values | paths | {"case": Case(**values["case"])}))
 
 
 def run(order: Order, emit: Emit) -> None:
@@ -95,9 +75,11 @@ def run(order: Order, emit: Emit) -> None:
 
     emit(stage="compile" if tuning.compile else "warm-up")
     initial = {name: value.clone() for name, value in network.state_dict().items()}
-    compile_s = warm_up(step, evaluate, loader)
+    batch = next(iter(loader.epoch()))
+    compile_s = first_calls(step, batch, evaluate)
     if order.compile_only:
         return emit(section="compile", value={"cold_s": compile_s, "cold_start_s": seconds_since(order.started)})
+    steady = warm_up(lambda: step(batch.images, batch.labels))
     network.load_state_dict(initial)
     for player in players:
         player.restart()
@@ -115,6 +97,8 @@ def run(order: Order, emit: Emit) -> None:
     else:
         train(workload, step, evaluate, loader, device, emit, order.pictures, references)
 
+    emit(stage="done")
+    emit(section="timing", value={"steady": steady})
     emit(section="memory", value=peak_memory(device) | {"limit_mib": tuning.memory_limit_mib})
     if tuning.compile:
         recompiles = compiled_graphs() - graphs
@@ -192,16 +176,12 @@ def describe_data(train_set: ImageSet, eval_set: ImageSet, tuning: Tuning) -> di
     }
 
 
-def warm_up(step: Step, evaluate: Evaluate, loader: Loader) -> float:
-    """A few steps and one evaluation; returns the seconds of the first of each, in which they are compiled."""
-    batch = next(iter(loader.epoch()))
+def first_calls(step: Step, batch: Batch, evaluate: Evaluate) -> float:
+    """The seconds of the first step and the first evaluation, in which they are compiled."""
     start = time.perf_counter()
     step(batch.images, batch.labels).item()
     evaluate()
-    compile_s = time.perf_counter() - start
-    for _ in range(WARMUP_STEPS - 1):
-        step(batch.images, batch.labels).item()
-    return round(compile_s, 3)
+    return round(time.perf_counter() - start, 3)
 
 
 def compiled_graphs() -> int:
@@ -307,7 +287,7 @@ def train(
         target = references["real"] + workload.target_share * (references["untrained"] - references["real"])
     timing = Timing(device, emit)
     curve: list[dict[str, Any]] = []
-    kept: list[dict[str, Any]] = []
+    eval_s_total = 0.0
     emit(stage="train", epochs=epochs, steps_per_epoch=loader.batches_per_epoch)
     for epoch in range(1, epochs + 1):
         clock = timing.clock(loader.batches_per_epoch)
@@ -320,11 +300,12 @@ def train(
         start = time.perf_counter()
         evaluation = evaluate()
         eval_s = time.perf_counter() - start
+        if not math.isfinite(evaluation.metric):
+            raise Diverged(f"{workload.metric.name} {evaluation.metric} after epoch {epoch}")
         curve.append(curve_row(epoch, clock.total_s, eval_s, trained.loss, evaluation))
         if evaluation.picture is not None and (epoch in PICTURED_EPOCHS or epoch == epochs):
             to_pil_image(evaluation.picture.float().cpu()).save(pictures / f"{epoch}.webp", quality=85)
-            kept.append({"epoch": epoch})
-        eval_s_total = sum(row["eval_s"] for row in curve)
+        eval_s_total += eval_s
         emit(section="throughput", value={"eval_images_per_s": round(evaluation.images * len(curve) / eval_s_total, 3)})
         emit(section="accuracy", value=accuracy(workload, curve, target, references))
         emit(progress={"epoch": epoch, "step": trained.steps, "loss": trained.loss, "metric": evaluation.metric})
@@ -373,7 +354,7 @@ def write_trace(path: Path, step: Step, loader: Loader, device: torch.device) ->
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _, batch in zip(range(TRACED_STEPS), loader.epoch(), strict=False):
             step(batch.images, batch.labels)
     profiler.export_chrome_trace(str(path))
@@ -382,26 +363,31 @@ def write_trace(path: Path, step: Step, loader: Loader, device: torch.device) ->
 def main() -> None:
     """Reads one `Order` from standard input and runs it; exit code 0 also when the run failed and could say so."""
     order = Order.from_json(sys.stdin.read())
-    lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not stand between the lines
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as lines:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not stand between the lines
 
-    def emit(**event: Any) -> None:
-        lines.write(json.dumps(event) + "\n")
-        lines.flush()
+        def emit(**event: Any) -> None:
+            lines.write(json.dumps(event, allow_nan=False) + "\n")  # a record holds no NaN
+            lines.flush()
 
-    try:
-        run(order, emit)
-    except UserError as error:
-        emit(status="failed", reason=str(error), user_error=True)
-    except Diverged as error:
-        emit(status="diverged", reason=str(error))
-    except torch.cuda.OutOfMemoryError as error:
-        emit(status="oom", reason=str(error).splitlines()[0])
-    except Exception as error:
-        traceback.print_exc()
-        message = str(error).strip().splitlines() or [""]
-        emit(status="failed", reason=f"{type(error).__name__}: {message[0]}"[:500])
+        try:
+            run(order, emit)
+        except UserError as error:
+            emit(status="failed", reason=str(error), user_error=True)
+        except Diverged as error:
+            emit(status="diverged", reason=str(error))
+        except torch.cuda.OutOfMemoryError as error:
+            emit(status="oom", reason=first_line(error))
+        except Exception as error:
+            traceback.print_exc()
+            emit(status="failed", reason=f"{type(error).__name__}: {first_line(error)}"[:500])
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 if __name__ == "__main__":
     main()
+    # taking down CUDA, DALI and the compiler's workers in order takes six seconds on an H200; the parent ends them
+    os._exit(0)

@@ -1,7 +1,5 @@
 """The command line. It chooses cases and outputs; every setting of a case is in `workloads.py` and `tuning.py`."""
 
-import importlib.util
-import json
 import sys
 from collections import Counter
 from enum import Enum
@@ -13,11 +11,12 @@ from rich.console import Console
 
 from . import table as tables
 from .errors import UserError
-from .progress import show
+from .progress import outcome, show
 from .record import Record, check_writable, code_hash, load_all, save_machine
 
-app = typer.Typer(help="Netdyno, a dynamometer for GPUs.", no_args_is_help=True, add_completion=False)
-data_app = typer.Typer(help="The image sets.", no_args_is_help=True)
+plain: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
+app = typer.Typer(help="Netdyno, a dynamometer for GPUs.", **plain)
+data_app = typer.Typer(help="List, fetch and verify the image sets.", **plain)
 app.add_typer(data_app, name="data")
 console = Console()
 
@@ -54,10 +53,12 @@ SUITE_TUNINGS = {
 
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", help="Folder of the image sets [default: $NETDYNO_DATA, else the user's cache]."),
+    typer.Option(
+        "--data", metavar="FOLDER", help="Where the image sets are.  [default: $NETDYNO_DATA, else the user's cache]"
+    ),
 ]
-ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of the records.")]
-SetNames = Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Image sets [default: all].")]
+ResultsOption = Annotated[Path, typer.Option("--results", metavar="FOLDER", help="Where the records are.")]
+SetNames = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="[default: all sets]")]
 
 
 @app.command(name="list")
@@ -67,32 +68,52 @@ def list_workloads() -> None:
 
     from .workloads import WORKLOADS
 
-    grid = Table("workload", "data set", "metric", "target", "batch", "epochs", box=None, header_style="bold")
+    grid = Table("workload", "data set", "metric and target", "batch", "epochs", box=None, header_style="bold")
     for function in WORKLOADS:
         workload = function()
         recipe, metric = workload.recipe, workload.metric
-        sign = "≥" if metric.higher_is_better else "≤"
-        target = f"{sign} {workload.target:g} {metric.unit}" if workload.target is not None else "–"
-        grid.add_row(workload.name, workload.dataset, metric.name, target, str(recipe.batch_size), str(recipe.epochs))
+        goal = metric.name
+        if workload.target is not None:
+            goal += f" {'≥' if metric.higher_is_better else '≤'} {workload.target:g} {metric.unit}"
+        if workload.target_share is not None:
+            goal += f" ≤ {100 * workload.target_share:g} % of untrained"
+        goal += "".join(f", {name.upper()} ≥ {least:g}" for name, least in (workload.also_at_least or {}).items())
+        grid.add_row(workload.name, workload.dataset, goal, str(recipe.batch_size), str(recipe.epochs))
     console.print(grid)
 
 
 @app.command()
 def run(
-    workloads: Annotated[list[str] | None, typer.Argument(metavar="[WORKLOAD]...", help="[default: all six]")] = None,
+    workloads: Annotated[list[str] | None, typer.Argument(metavar="WORKLOAD", help="[default: all six]")] = None,
     suite: Annotated[
-        Suite, typer.Option(help="quick: two short epochs; full: to the target; source: as published.")
+        Suite,
+        typer.Option(
+            "--suite", metavar="SUITE", help="quick: two short epochs; full: to the target; source: as published."
+        ),
     ] = Suite.quick,
     tuning: Annotated[
-        list[TuningName] | None, typer.Option(help="May be given more than once.  [default: the suite's]")
+        list[TuningName] | None,
+        typer.Option(
+            "--tuning",
+            metavar="TUNING",
+            help="tuned: all that makes it fast; eager: what people write first; t4: as on a T4. May be given more"
+            " than once.  [default: tuned; full: tuned and eager; source: eager]",
+        ),
     ] = None,
     mode: Annotated[
-        Mode, typer.Option(help="Loader and training, training on a resident batch, or the loader alone.")
+        Mode,
+        typer.Option(
+            "--mode",
+            metavar="MODE",
+            help="e2e: loader and training; compute: training on one resident batch; loader: it alone.",
+        ),
     ] = Mode.e2e,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of weights, order and augmentation.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Fresh processes for each case.")] = 1,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, max=2**31 - 1, help="Of weights, order and augmentation.")
+    ] = 0,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Fresh processes for each case.")] = 1,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Skip what these results hold already, from the same code.")
+        bool, typer.Option("--resume", help="Skip cases that the results folder holds already, from the same code.")
     ] = False,
     results: ResultsOption = Path("results"),
     data: DataOption = None,
@@ -100,9 +121,10 @@ def run(
         bool, typer.Option("--trace", help="Write a profiler trace of a few steps beside each record.")
     ] = False,
 ) -> None:
-    """Train workloads, one fresh process each, and record what was measured."""
+    """Train workloads and record what was measured."""
     from . import machine, runner
     from .data import prepared
+    from .data.dali import import_dali
     from .tuning import TUNINGS
     from .workloads import Case, find, names
 
@@ -112,13 +134,10 @@ def run(
     here = machine.describe()
     if here["gpu"] is None and any(TUNINGS[name](None).needs_gpu for name in tunings):
         raise UserError("--tuning t4 needs a CUDA GPU, and no NVIDIA driver with one was found here")
-    if (
-        any(TUNINGS[name](None).loader == "dali" for name in tunings)
-        and importlib.util.find_spec("nvidia.dali") is None
-    ):
-        raise UserError("NVIDIA DALI is not installed: pip install nvidia-dali-cuda120 (or nvidia-dali-cuda130)")
+    if any(TUNINGS[name](None).loader == "dali" for name in tunings):
+        import_dali()  # a missing DALI ends the command here, not case by case
     save_machine(here, results)
-    console.print(f"machine  {here['slug']}")
+    say(f"machine  {here['slug']}")
     root = data or prepared.default_root()
     announce_data(sorted({workload.dataset for workload in chosen}), root)
 
@@ -134,15 +153,17 @@ def run(
     for number, case in enumerate(cases, 1):
         if done[case] > 0:
             done[case] -= 1
-            console.print(f"[{number}/{len(cases)}] {case}: already recorded", markup=False)
+            say(f"[{number}/{len(cases)}] {case}: already recorded")
             continue
-        with show(console, f"[{number}/{len(cases)}] {case}") as listen:
+        say(f"[{number}/{len(cases)}] {case}")
+        with show(console) as listen:
             record = runner.run(case, data=root, results=results, machine=here, listen=listen, trace=trace)
+        say(f"  {outcome(record)}", style=None if record["status"] == "ok" else "red")
         user_errors |= listen.user_error
         records.append(record)
     if records:
         console.print(*tables.to_rich(records), sep="\n")
-        console.print(f"{len(records)} records in {results / here['slug']}", markup=False)
+        say(f"{len(records)} {'record' if len(records) == 1 else 'records'} written to {results / here['slug']}")
     if any(record["status"] != "ok" for record in records):
         raise typer.Exit(2 if user_errors else 1)
 
@@ -151,11 +172,15 @@ def announce_data(names: list[str], root: Path) -> None:
     """Makes stand-ins for sets that are not there, checks every set's files, and says which is which."""
     from .data import prepared
 
+    stand_ins = False
     for name in names:
         real = prepared.ensure(name, root)
         train, test = (prepared.load(name, split, root) for split in ("train", "test"))
-        kind = f"real, {train.label}" if real else "synthetic stand-in: its accuracies mean nothing outside this table"
-        console.print(f"data     {name}: {kind}, {len(train):,} + {len(test):,} images", markup=False)
+        kind = f"real, {train.label}" if real else "synthetic stand-in"
+        stand_ins |= not real
+        say(f"data     {name}: {len(train):,} + {len(test):,} images, {kind}")
+    if stand_ins:
+        say("         accuracies on stand-ins say nothing about the real sets")
 
 
 def held(records: list[Record], slug: str) -> "Counter[Any]":
@@ -165,16 +190,18 @@ def held(records: list[Record], slug: str) -> "Counter[Any]":
     code = code_hash()
     fields = Case.__dataclass_fields__
     return Counter(
-        Case(**{name: record["case"][name] for name in fields})
+        Case(**{name: record["case"].get(name) for name in fields})
         for record in records
-        if record["status"] == "ok" and record["machine"]["slug"] == slug and record["code"] == code
+        if record["status"] == "ok" and record["machine"].get("slug") == slug and record.get("code") == code
     )
 
 
 @app.command()
 def table(
     results: ResultsOption = Path("results"),
-    format: Annotated[Format | None, typer.Option("--format", help="[default: a table for the terminal]")] = None,
+    format: Annotated[
+        Format | None, typer.Option("--format", metavar="FORMAT", help="md, csv or json.  [default: for the terminal]")
+    ] = None,
 ) -> None:
     """Show the records as tables, tuned beside eager."""
     if not results.is_dir():
@@ -193,20 +220,31 @@ def list_data(data: DataOption = None) -> None:
     from .data import prepared
 
     root = data or prepared.default_root()
-    console.print(f"{root}", markup=False)
+    say(f"{root}")
+    problems = []
     for name in prepared.FORMS:
-        folder = prepared.locate(name, root)
-        if folder is None:
-            state = "missing; a run would use a stand-in (netdyno data fetch gets the real one)"
+        try:
+            folder = prepared.locate(name, root)
+            manifest = prepared.read_manifest(folder, name) if folder else None
+        except UserError as error:
+            problems.append(str(error))
+            state = "damaged"
         else:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            state = "synthetic stand-in" if manifest.get("synthetic") else f"real, {manifest['split']}"
-        console.print(f"  {name:12} {state}", markup=False)
+            if manifest is None:
+                state = "missing: a run would draw a stand-in; netdyno data fetch gets the real one"
+            else:
+                state = "synthetic stand-in" if manifest.get("synthetic") else f"real, {manifest['split']}"
+        say(f"  {name:12} {state}")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 @data_app.command()
 def fetch(names: SetNames = None, data: DataOption = None) -> None:
-    """Download image sets that are missing, and ResNet-50's ImageNet weights, and convert them."""
+    """Download what is missing: image sets and ImageNet weights.
+
+    Without a NAME all sets, and ResNet-50's ImageNet weights.
+    """
     from .data import fetch as fetching
     from .data import prepared, weights
 
@@ -215,12 +253,11 @@ def fetch(names: SetNames = None, data: DataOption = None) -> None:
     failures = []
     for job in jobs if names else [*jobs, weights.fetch]:
         try:
-            job(lambda line: console.print(line, markup=False))
+            job(say)
         except UserError as error:
-            failures.append(error)
-            console.print(f"{error}", markup=False)
+            failures.append(str(error))
     if failures:
-        raise typer.Exit(1)
+        raise UserError("\n".join(failures))
 
 
 @data_app.command()
@@ -233,21 +270,44 @@ def verify(names: SetNames = None, data: DataOption = None) -> None:
     for name in names or prepared.FORMS:
         if prepared.locate(name, root) is None:
             found = [f"{name}: not in {root}"] if names else []
-            console.print(f"{name}: not there", markup=False)
+            say(f"{name}: not there")
         else:
             found = prepared.verify(name, root)
-            console.print(f"{name}: {'as its manifest says' if not found else f'{len(found)} problems'}", markup=False)
+            say(f"{name}: {'damaged' if found else 'as its manifest says'}")
         problems += found
     if problems:
         raise UserError("\n".join(problems))
 
 
+def say(line: str, style: str | None = None) -> None:
+    """One line on standard output, never broken into two."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def complain(lines: str) -> None:
+    for line in lines.splitlines():
+        print(f"netdyno: {line}", file=sys.stderr)
+
+
 def main() -> None:
-    """Runs the command line; exit code 2 for what the user can mend, 1 for a run that failed."""
+    """Runs the command line; exit code 2 for what the user can mend, 1 for a run that failed, 130 for Ctrl-C."""
     try:
-        app()
+        code = app(prog_name="netdyno", standalone_mode=False)
     except UserError as error:
-        Console(stderr=True).print(f"netdyno: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        complain(str(error))
+        code = 2
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # wrong use, by an error of typer whose class no version exports
+            raise
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        if "\n" in message:  # the help, for want of a command
+            print(message, file=sys.stderr)
+        else:
+            context = getattr(error, "ctx", None)
+            complain(message + (f" ({context.command_path} --help lists what there is)" if context else ""))
+        code = 2
+    if code == 130:
+        complain("interrupted")
+    sys.exit(code)

@@ -27,21 +27,32 @@ class Gpu:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import pynvml
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError:
             yield None
             return
         try:
-            if visible.isdigit():
-                yield Gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(visible)))
-            elif visible.startswith("GPU-"):
-                yield Gpu(pynvml, pynvml.nvmlDeviceGetHandleByUUID(visible))
-            else:
-                yield None
+            yield Gpu._visible(pynvml)
         finally:
             pynvml.nvmlShutdown()
+
+    @staticmethod
+    def _visible(nvml: Any) -> "Gpu | None":
+        """The GPU that CUDA would use: named by number, by UUID or the beginning of one, or as a MIG slice."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        try:
+            if visible.isdigit():
+                return Gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(int(visible)))
+            if visible.startswith("MIG-"):
+                return Gpu(nvml, nvml.nvmlDeviceGetHandleByUUID(visible))
+            if visible.startswith("GPU-"):
+                handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+                found = (Gpu(nvml, handle) for handle in handles if nvml.nvmlDeviceGetUUID(handle).startswith(visible))
+                return next(found, None)
+        except nvml.NVMLError:  # there is no such GPU, which CUDA takes for none at all
+            pass
+        return None
 
     def process_memory_mib(self, pid: int) -> float | None:
         """What NVML counts for one process: CUDA context, torch, DALI and libraries together, in MiB."""
@@ -49,6 +60,11 @@ class Gpu:
             if process.pid == pid and process.usedGpuMemory is not None:
                 return process.usedGpuMemory / 2**20
         return None
+
+    def other_processes(self, pid: int) -> int:
+        """How many compute processes other than `pid` are on the card: beside them no speed can be trusted."""
+        running = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        return sum(process.pid != pid for process in running)
 
     def reading(self) -> dict[str, float]:
         """Clocks in MHz, power in W, temperature in °C, utilisation in %; what this card does not tell is left out."""
@@ -79,6 +95,7 @@ class Sampler:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._readings: list[dict[str, float]] = []
+        self._failures = self._others = 0
         self.training = False
         self.process_peak_mib: float | None = None
 
@@ -95,18 +112,26 @@ class Sampler:
     def _run(self) -> None:
         assert self._gpu is not None
         while not self._stop.wait(SAMPLE_S):
-            used = self._gpu.process_memory_mib(self._pid)
-            if used is not None:
-                self.process_peak_mib = max(used, self.process_peak_mib or 0.0)
-            if self.training:
-                self._readings.append(self._gpu.reading())
+            try:
+                used = self._gpu.process_memory_mib(self._pid)
+                if used is not None:
+                    self.process_peak_mib = max(used, self.process_peak_mib or 0.0)
+                if self.training:
+                    self._others = max(self._others, self._gpu.other_processes(self._pid))
+                    self._readings.append(self._gpu.reading())
+            except Exception:  # one reading that fails must not end the others; the summary counts them
+                self._failures += 1
 
     def summary(self) -> dict[str, Any] | None:
-        """Means over the timed region, the highest temperature, and the number of readings; None without a reading."""
+        """Means over the timed region, the highest temperature, the most other processes, and the number of readings.
+
+        None where there was nothing to read.
+        """
+        failed = {"failed_readings": self._failures} if self._failures else {}
         if not self._readings:
-            return None
+            return failed or None
         names = sorted({name for reading in self._readings for name in reading})
         values = {name: [reading[name] for reading in self._readings if name in reading] for name in names}
         means = {f"{name}_mean": round(fmean(series), 1) for name, series in values.items()}
         hottest = {"temperature_c_max": max(values["temperature_c"])} if "temperature_c" in values else {}
-        return means | hottest | {"readings": len(self._readings)}
+        return means | hottest | {"other_processes": self._others, "readings": len(self._readings)} | failed

@@ -58,4 +58,5 @@ def _cpu_name() -> str:
 def _slug(name: str) -> str:
     """Lower-case letters, digits and single hyphens, without the words that say nothing."""
     words = re.findall(r"[a-z0-9]+", name.lower())
-    return "-".join(word for word in words if word not in {"r", "tm", "cpu", "processor", "with"} or len(words) == 1)
+    telling = [word for word in words if word not in {"r", "tm", "cpu", "processor", "with"}]
+    return "-".join(telling or words) or "unknown"

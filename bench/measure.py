@@ -1,7 +1,9 @@
 """Timers and memory. The timing contract, version 1:
 
-- Warm-up, compilation and graph capture lie outside the timed region. After warm-up the weights, the optimizer, the
-  loader and the random state start anew, so nothing learned in warm-up is timed as if it had been free.
+- Warm-up, compilation and graph capture lie outside the timed region. Warm-up lasts until the step is steady: three
+  stretches of at least 50 ms in a row within 5 % of their median; a step that is not so within 10 s is recorded as not
+  steady. After warm-up the weights, the optimizer, the loader and the random state start anew, so nothing learned in
+  warm-up is timed as if it had been free.
 - Time is read around *blocks* of K steps: between CUDA events on a GPU, by the wall clock on a CPU. There is one
   synchronisation a block. A block begins where the one before it ended, so the blocks of an epoch tile it, and
   whatever the loader or the host costs is inside. The wall clock of the whole epoch is recorded beside them.
@@ -14,11 +16,40 @@
 
 import resource
 import time
+from collections import deque
+from collections.abc import Callable
+from statistics import median
 
 import torch
 
 TIMING_VERSION = 1
 BLOCKS_PER_EPOCH = 20  # enough for a spread within the epoch; one synchronisation in 20th of an epoch costs nothing
+STRETCH_S = 0.05
+STRETCHES = 3
+STEADY_WITHIN = 0.05
+WARM_UP_S = 10.0
+
+
+def warm_up(step: Callable[[], torch.Tensor]) -> bool:
+    """Runs `step`, which returns a tensor on its device, until it is steady; whether it is, by the timing contract."""
+    steps = 1
+    stretches: deque[float] = deque(maxlen=STRETCHES)
+    end = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(steps):
+            result = step()
+        result.sum().item()  # waits for the device
+        stretch = time.perf_counter() - start
+        if stretch < STRETCH_S:
+            steps *= 2
+            stretches.clear()
+            continue
+        stretches.append(stretch)
+        middle = median(stretches)
+        if len(stretches) == STRETCHES and all(abs(one - middle) <= STEADY_WITHIN * middle for one in stretches):
+            return True
+    return False
 
 
 class BlockClock:

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 PATCH = 7  # side of a descriptor, in pixels
 PATCHES_PER_IMAGE = 128
@@ -25,6 +24,9 @@ def ssim(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
     Wang et al. 2004, with a Gaussian window of 11×11 and σ 1.5; `images` are cut to [0, 1] first.
     """
+    # here: of the six workloads one needs it, and its import takes 1.8 s on two cores
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     values = structural_similarity_index_measure(
         images.float().clamp(0, 1), truth.float(), sigma=1.5, kernel_size=11, data_range=1.0, reduction="none"
     )

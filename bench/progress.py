@@ -1,4 +1,4 @@
-"""What a person sees of a running case: a bar in a terminal, a line an epoch elsewhere."""
+"""What a person sees of a running case: a bar in a terminal, a line an epoch elsewhere; and how it ended."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,9 +6,10 @@ from time import perf_counter
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from .record import Record
 
 
 class Rate(ProgressColumn):
@@ -21,45 +22,54 @@ class Rate(ProgressColumn):
 class Listener:
     """Takes a child's events; a bar in a terminal, else lines."""
 
-    def __init__(self, console: Console, title: str, bar: Progress) -> None:
-        self._console, self._title, self._bar = console, title, bar
-        self._task = bar.add_task(escape(title), total=None, note="starting")
+    def __init__(self, console: Console, bar: Progress) -> None:
+        self._console, self._bar = console, bar
+        self._task = bar.add_task("start", total=None, note="")
         self._epochs = self._steps = 0
         self._start = perf_counter()
         self.user_error = False
 
     def __call__(self, event: dict[str, Any]) -> None:
         self.user_error |= bool(event.get("user_error"))
-        if "status" in event:
-            self._console.print(f"{self._title}: {event['status']}: {event['reason']}", markup=False, style="red")
         if "stage" in event:
             self._epochs, self._steps = event.get("epochs", 0), event.get("steps_per_epoch", 0)
-            self._bar.update(self._task, total=self._epochs * self._steps or None, completed=0, note=event["stage"])
+            total = self._epochs * self._steps or None
+            self._bar.update(self._task, description=event["stage"], total=total, completed=0, note="")
         if "progress" in event:
             self._progress(**event["progress"])
 
     def _progress(self, epoch: int, step: int, loss: float | None = None, metric: float | None = None) -> None:
-        note = f"epoch {epoch}/{self._epochs}"
-        if loss is not None:
-            note += f"  loss {loss:.4g}"
+        where = f"epoch {epoch}/{self._epochs}"
+        note = "" if loss is None else f"loss {loss:.4g}"
         if metric is not None:
             note += f"  metric {metric:.2f}"
             if not self._console.is_terminal:
-                elapsed = perf_counter() - self._start
-                self._console.print(f"{self._title}  {note}  {elapsed:.0f} s", markup=False, highlight=False)
-        self._bar.update(self._task, completed=(epoch - 1) * self._steps + step, note=note)
+                line = f"  {where}  {note}  {perf_counter() - self._start:.0f} s"
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        done = (epoch - 1) * self._steps + step
+        self._bar.update(self._task, description=where, completed=done, note=note)
 
 
 @contextmanager
-def show(console: Console, title: str) -> Iterator[Listener]:
-    """Shows one case while it runs; yields what takes the child's events."""
+def show(console: Console) -> Iterator[Listener]:
+    """Shows one case while it runs, in 80 columns; yields what takes the child's events."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        TextColumn("  {task.description}", markup=False),
+        BarColumn(bar_width=10),
         TaskProgressColumn(),
         Rate(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield Listener(console, title, bar)
+        yield Listener(console, bar)
+
+
+def outcome(record: Record) -> str:
+    """How a case ended, in one line: its speed and final metric, or what went wrong."""
+    if record["status"] != "ok":
+        return f"{record['status']}: {record['reason']}"
+    text = f"{record['throughput']['images_per_s']:,.0f} images/s"
+    if accuracy := record["accuracy"]:
+        text += f", {accuracy['metric']} {accuracy['final']:.2f} {accuracy['unit']}"
+    return text

@@ -5,12 +5,15 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
     schema, id, created_utc
     case        workload, suite, tuning, mode, seed, division, gpus, recipe (every setting that decides the work)
     status      ok · oom · diverged · timeout · failed · killed · skipped; all but ok have a `reason`
-    timing      timing_version, block_steps, block_s (raw), blocks_thinned_by, train_s, wall_s, steps
+    timing      timing_version, block_steps, block_s (raw), blocks_thinned_by, train_s, wall_s, steps, steady
     throughput  images_per_s, eval_images_per_s
     memory      peak_allocated_mib, peak_reserved_mib, nvml_process_peak_mib, host_rss_peak_mib, limit_mib
-    accuracy    metric, unit, higher_is_better, curve (a row an epoch), final, best, target, reached, train_s_to_target
+    accuracy    metric, unit, higher_is_better, curve (a row an epoch), final, best, target, also_at_least, reached,
+                train_s_to_target, references (for generated images), pictures (with their hashes, where there are any)
     compile     cold_s, warm_s, cold_start_s, warm_start_s, recompiles
-    gpu, roofline, data, machine, code
+    data        name, label, synthetic, sha256, images, loader
+    machine     slug, gpu, cpu, cores, memory_gib, os, versions
+    gpu, roofline, code
 """
 
 import errno
@@ -19,6 +22,7 @@ import json
 import os
 import secrets
 import tempfile
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,9 +33,11 @@ SCHEMA = 1
 LARGEST_BYTES = 16 * 1024
 STATUSES = ("ok", "oom", "diverged", "timeout", "failed", "killed", "skipped")
 SECTIONS = ("timing", "throughput", "memory", "accuracy", "compile", "gpu", "roofline", "data")
-READS_RECORDS = {  # decide no measurement
-    f"bench/{name}.py" for name in ("__main__", "cli", "errors", "progress", "record", "stats", "summary", "table")
-}
+# The sources that decide a measurement: what a case's process runs, and what its parent gives it.
+MEASURES: tuple[str, ...] = (
+    *(f"bench/{name}.py" for name in ("child", "gpu", "measure", "metrics", "order", "runner", "step", "train")),
+    *("bench/tuning.py", "bench/workloads.py", "bench/data", "kernels", "models"),
+)
 
 Record = dict[str, Any]
 
@@ -86,9 +92,11 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         what = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
         raise UserError(f"{path} cannot be written: {what}") from error
+    finally:
+        with suppress(OSError):  # it has its name by now, or its folder could not be made
+            temporary.unlink()
 
 
 def _compact(record: Record) -> bytes:
@@ -112,9 +120,15 @@ def load(path: Path) -> Record:
         raise UserError(f"{path} is no record of Netdyno: it has no 'schema'")
     if record["schema"] != SCHEMA:
         raise UserError(f"{path} has schema {record['schema']!r}; this version reads {SCHEMA}")
-    missing = {"id", "case", "status", "machine"} - record.keys()
-    if missing or record["status"] not in STATUSES:
-        raise UserError(f"{path} is no whole record: {', '.join(sorted(missing)) or 'status'} is missing or unknown")
+    whole = {
+        "id": isinstance(record.get("id"), str),
+        "case": isinstance(record.get("case"), dict),
+        "status": record.get("status") in STATUSES,
+        "machine": isinstance(record.get("machine"), dict),
+    }
+    if not all(whole.values()):
+        wrong = ", ".join(name for name, right in whole.items() if not right)
+        raise UserError(f"{path} is no whole record: {wrong} missing or not of its form")
     return record
 
 
@@ -133,12 +147,10 @@ def save_machine(machine: dict[str, Any], results: Path) -> None:
 
 
 def code_hash() -> str:
-    """SHA-256 over the sources that decide a measurement: all but those that read or show records."""
+    """SHA-256 over the names and contents of the sources that decide a measurement."""
     top = Path(__file__).parent.parent  # the folders lie side by side in the checkout as in an installed package
     digest = hashlib.sha256()
-    for folder in ("bench", "kernels", "models"):
-        for path in sorted((top / folder).rglob("*.py")):
-            name = path.relative_to(top).as_posix()
-            if name not in READS_RECORDS:
-                digest.update(f"{name}\0".encode() + path.read_bytes())
+    for name in MEASURES:
+        for path in sorted([top / name] if name.endswith(".py") else (top / name).rglob("*.py")):
+            digest.update(f"{path.relative_to(top).as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()

@@ -22,13 +22,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .child import Order
 from .gpu import Gpu, Sampler
+from .order import Order
 from .record import Record, new_record, path_of, save, write_atomically
 from .tuning import TUNINGS
 from .workloads import Case, describe, resolve
 
 STALL_S = 1_200.0  # without a word from the child; the longest silence of a healthy one is a cold compilation
+POLL_S = 0.5  # between two looks at whether a silent child is still there
+CHILD = (sys.executable, "-m", "netdyno.bench.child")
+TRACE = "trace.json.gz"
+STDERR = "stderr.txt"  # of a child that failed: its traceback
+STDERR_KEPT = 20_000  # characters
+# What a child sees unless the user's own environment says otherwise.
+CHILD_ENVIRONMENT = {
+    # OpenMP's threads wait by spinning unless told not to. Where the loader's threads need those cores too, on two of
+    # them, a step of mnist-cnn at batch 128 took 0.06 to 1 s instead of 0.05.
+    "OMP_WAIT_POLICY": "passive",
+    # Every compilation for a CPU begins with a small program for each vector extension that /proc/cpuinfo names, and a
+    # process that imports torch to load it: 17 s on two cores, also where everything else comes from the cache.
+    "TORCHINDUCTOR_VEC_ISA_OK": "1",
+}
 
 Event = dict[str, Any]
 Listen = Callable[[Event], None]
@@ -57,7 +71,7 @@ def run(
             data=data,
             pictures=Path(scratch),
             started=time.time(),
-            trace=Path(scratch) / "trace.json.gz" if trace else None,
+            trace=Path(scratch) / TRACE if trace else None,
         )
         interrupted = False
         try:
@@ -100,60 +114,96 @@ def measure_cold_start(order: Order, cache: Path, listen: Listen) -> None:
 
 def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> None:
     """Starts a child, follows it to its end and puts what it says, and how it ended, into `record`."""
-    environment = os.environ | ({} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+    environment = CHILD_ENVIRONMENT | os.environ | ({} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, Gpu.open() as gpu:
         child = subprocess.Popen(
-            [sys.executable, "-m", "netdyno.bench.child"],
+            CHILD,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             env=environment,
             start_new_session=True,  # so that its workers end with it
         )
         assert child.stdin is not None
         record |= {"status": "ok", "reason": None}
+        strange = None
         try:
-            child.stdin.write(replace(order, started=time.time()).to_json())
-            child.stdin.close()
+            with suppress(BrokenPipeError), child.stdin:  # it may be gone already; how it ended says why
+                child.stdin.write(replace(order, started=time.time()).to_json())
             with Sampler(gpu, child.pid) as sampler:
                 try:
-                    follow(child, record, sampler, listen)
+                    strange = follow(child, record, sampler, listen)
                 except TimeoutError:
                     record |= {"status": "timeout", "reason": f"no word from the child for {STALL_S:.0f} s"}
         finally:
             end(child)
-        code = child.returncode
-        if code < 0 and record["status"] == "ok":
-            record |= {"status": "killed", "reason": f"the child was ended by {signal.Signals(-code).name}"}
-        elif code and record["status"] == "ok":
-            errors.seek(0)
-            last = ([line.strip() for line in errors if line.strip()] or ["it said nothing"])[-1]
-            record |= {"status": "failed", "reason": f"the child ended with exit code {code}: {last}"[:500]}
-        if record.get("memory"):
-            add_memory(record, sampler)
+        errors.seek(0)
+        said = errors.read()
+        if record["status"] == "ok":
+            measured = order.compile_only or record["timing"] is not None
+            record |= judge(child.returncode, said, strange, measured=measured)
+        if record["status"] == "failed" and said.strip() and not order.compile_only:
+            (order.pictures / STDERR).write_text(said[-STDERR_KEPT:], encoding="utf-8")
+        add_memory(record, sampler)
 
 
-def follow(child: subprocess.Popen[str], record: Record, sampler: Sampler, listen: Listen) -> None:
-    """Merges the child's events into `record` until it closes its output; TimeoutError when it falls silent."""
+def judge(code: int, said: str, strange: str | None, *, measured: bool) -> Record:
+    """Status and reason of a child that gave none itself: from its exit code, standard error and unreadable line."""
+    if code < 0:
+        return {"status": "killed", "reason": f"the child was ended by {signal.Signals(-code).name}"}
+    if code:
+        last = ([line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"])[-1]
+        return {"status": "failed", "reason": f"the child ended with exit code {code}: {last}"[:500]}
+    if strange is not None:
+        return {"status": "failed", "reason": f"the child said what is no event: {strange.strip()!r}"[:500]}
+    if not measured:
+        return {"status": "failed", "reason": "the child ended without a measurement"}
+    return {"status": "ok", "reason": None}
+
+
+def follow(child: subprocess.Popen[str], record: Record, sampler: Sampler, listen: Listen) -> str | None:
+    """Merges the child's events into `record` until it ends; TimeoutError when it falls silent.
+
+    Returns the first line that is no event, if there was one: the others count all the same.
+    """
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
         assert child.stdout
-        for line in child.stdout:
-            lines.put(line)
+        with child.stdout:
+            for line in child.stdout:
+                lines.put(line)
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
+    strange = None
+    heard = time.monotonic()
     while True:
+        gone = child.poll() is not None
         try:
-            line = lines.get(timeout=STALL_S)
+            line = lines.get(timeout=POLL_S)
         except queue.Empty:
-            raise TimeoutError from None
+            if gone:  # a worker that outlives it holds its output open
+                return strange
+            if time.monotonic() - heard > STALL_S:
+                raise TimeoutError from None
+            continue
         if line is None:
-            child.wait()
-            return
-        event = json.loads(line)
+            try:
+                child.wait(timeout=STALL_S)
+            except subprocess.TimeoutExpired:
+                raise TimeoutError from None
+            return strange
+        heard = time.monotonic()
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            strange = strange or line
+            continue
         if "section" in event:
             record[event["section"]] = (record.get(event["section"]) or {}) | event["value"]
         if "status" in event:
@@ -164,12 +214,17 @@ def follow(child: subprocess.Popen[str], record: Record, sampler: Sampler, liste
 
 
 def add_memory(record: Record, sampler: Sampler) -> None:
-    """What NVML saw of the child; above the tuning's limit the run counts as out of memory."""
-    memory = record["memory"]
-    memory["nvml_process_peak_mib"] = sampler.process_peak_mib
+    """What NVML saw of the child, however it ended; above the tuning's limit the run counts as out of memory."""
+    peak = sampler.process_peak_mib
     record["gpu"] = sampler.summary()
-    limit, peak = memory["limit_mib"], sampler.process_peak_mib
-    if limit is not None and peak is not None and peak > limit and record["status"] == "ok":
+    if peak is not None or record.get("memory"):
+        record["memory"] = (record.get("memory") or {}) | {"nvml_process_peak_mib": peak}
+    limit = (record.get("memory") or {}).get("limit_mib")
+    if limit is None or record["status"] != "ok":
+        return
+    if peak is None:
+        record |= {"status": "failed", "reason": f"NVML tells no memory of the process: no check of its {limit:,} MiB"}
+    elif peak > limit:
         record |= {
             "status": "oom",
             "reason": f"the process peak of {peak:,.0f} MiB is above the limit of {limit:,} MiB",
@@ -181,12 +236,13 @@ def end(child: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    if child.stdout:
-        child.stdout.close()
 
 
 def keep_files(record: Record, results: Path, scratch: Path) -> None:
-    """Moves pictures and trace beside the record, named after it; pictures are listed in it with their hashes."""
+    """Puts pictures, trace and a failed child's last words beside the record, named after it.
+
+    Pictures are listed in it with their hashes.
+    """
     base = path_of(record, results)
     kept = []
     for picture in sorted(scratch.glob("*.webp"), key=lambda path: int(path.stem)):
@@ -196,6 +252,6 @@ def keep_files(record: Record, results: Path, scratch: Path) -> None:
         kept.append({"epoch": int(picture.stem), "file": name, "sha256": hashlib.sha256(content).hexdigest()})
     if kept and record["accuracy"]:
         record["accuracy"]["pictures"] = kept
-    trace = scratch / "trace.json.gz"
-    if trace.exists():
-        write_atomically(base.with_name(f"{record['id']}.{trace.name}"), trace.read_bytes())
+    for name in (TRACE, STDERR):
+        if (scratch / name).exists():
+            write_atomically(base.with_name(f"{record['id']}.{name}"), (scratch / name).read_bytes())

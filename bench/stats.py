@@ -51,12 +51,15 @@ def seconds_to_target(
 
     `curve` is a record's `accuracy.curve`: a row an epoch with `train_s` and `metric`. A run reaches its target by its
     final metric, not its best: None where the last epoch's metric misses the target, is null or is not a number, and
-    where there is no target.
+    where there is no target. `also_at_least` names further metrics (a row's `metrics`) that the same epoch must reach.
     """
 
     def reaches(row: Mapping[str, Any]) -> bool:
         metric = row["metric"]
         if metric is None or target is None:
+            return False
+        further = row.get("metrics") or {}
+        if any(not further.get(name, -math.inf) >= least for name, least in (also_at_least or {}).items()):
             return False
         return metric >= target if higher_is_better else metric <= target
 

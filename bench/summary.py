@@ -198,7 +198,7 @@ def _interval(samples: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def _curve(record: Record) -> list[Record]:
-    curve = _at(record, "accuracy", "curve")
+    curve = at(record, "accuracy", "curve")
     return [epoch for epoch in curve if isinstance(epoch, Mapping)] if isinstance(curve, list) else []
 
 
@@ -289,17 +289,17 @@ def _when(record: Record) -> tuple[str, str]:
 
 def _case(record: Record) -> str:
     names = ("workload", "division", "tuning", "mode", "suite", "seed", "gpus")
-    return _key(_at(record, "machine", "slug"), *(_at(record, "case", name) for name in names))
+    return _key(at(record, "machine", "slug"), *(at(record, "case", name) for name in names))
 
 
 def _comparable(record: Record) -> str:
     names = ("workload", "division", "tuning", "mode", "suite", "gpus", "recipe")
-    case = (_at(record, "case", name) for name in names)
-    return _key(_at(record, "machine", "slug"), *case, _data(record), _at(record, "timing", "timing_version"))
+    case = (at(record, "case", name) for name in names)
+    return _key(at(record, "machine", "slug"), *case, _data(record), at(record, "timing", "timing_version"))
 
 
 def _data(record: Record) -> str:
-    return _key(_at(record, "data", "label"), _synthetic(record), _at(record, "data", "sha256"))
+    return _key(at(record, "data", "label"), _synthetic(record), at(record, "data", "sha256"))
 
 
 def _supersedes(success: Record, failure: Record) -> bool:
@@ -314,19 +314,19 @@ def _key(*values: Any) -> str:
 # Reading a record that may lack anything
 
 
-def _at(record: Any, *path: str) -> Any:
+def at(record: Any, *path: str) -> Any:
     for name in path:
         record = record.get(name) if isinstance(record, Mapping) else None
     return record
 
 
 def _text(record: Record, *path: str) -> str | None:
-    value = _at(record, *path)
-    return _clean(value) if isinstance(value, str) else None
+    value = at(record, *path)
+    return clean(value) if isinstance(value, str) else None
 
 
 def _number(record: Record, *path: str) -> float | None:
-    value = _at(record, *path)
+    value = at(record, *path)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -336,27 +336,27 @@ def _number(record: Record, *path: str) -> float | None:
 
 
 def _flag(record: Record, *path: str) -> bool | None:
-    value = _at(record, *path)
+    value = at(record, *path)
     return value if isinstance(value, bool) else None
 
 
 def _mapping(record: Record, *path: str) -> dict[str, Any]:
-    value = _at(record, *path)
+    value = at(record, *path)
     return _plain(value) if isinstance(value, Mapping) else {}
 
 
 def _plain(value: Any) -> Any:
     """`value` with clean strings and null for what JSON cannot hold."""
     if isinstance(value, Mapping):
-        return {_clean(str(name)): _plain(item) for name, item in value.items()}
+        return {clean(str(name)): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, str):
-        return _clean(value)
+        return clean(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """One line without control, direction and other invisible characters, at most MAX_TEXT long."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return line if len(line) <= MAX_TEXT else line[: MAX_TEXT - 1] + "…"

@@ -120,27 +120,27 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
 
     memory = {
         "allocated": Column(
-            header="peak memory, torch allocated, MiB", right=True, cell=lambda row: _figure(row.peak_allocated_mib)
+            header="peak memory, torch allocated, MiB", right=True, cell=lambda row: figure(row.peak_allocated_mib)
         ),
         "process": Column(
-            header="peak memory, process by NVML, MiB", right=True, cell=lambda row: _figure(row.nvml_process_peak_mib)
+            header="peak memory, process by NVML, MiB", right=True, cell=lambda row: figure(row.nvml_process_peak_mib)
         ),
     }
     host = {
-        "host": Column(header="peak memory, host RSS, MiB", right=True, cell=lambda row: _figure(row.host_rss_peak_mib))
+        "host": Column(header="peak memory, host RSS, MiB", right=True, cell=lambda row: figure(row.host_rss_peak_mib))
     }
     return {
         "workload": Column(header="workload", cell=workload),
         "data": Column(header="data", cell=lambda row: row.data_label or MISSING),
         "tuning": Column(header="tuning", cell=lambda row: row.tuning or MISSING),
         "mode": Column(header="mode", cell=lambda row: row.mode or MISSING),
-        "batch": Column(header="batch", right=True, cell=lambda row: _figure(row.batch_size, count=True)),
+        "batch": Column(header="batch", right=True, cell=lambda row: figure(row.batch_size, count=True)),
         "images": Column(header="images/s", right=True, cell=lambda row: _images(row, notes)),
         "speedup": Column(header="speed-up over eager", right=True, cell=lambda row: _speedup(row, notes)),
         **(memory if section.on_gpu else host),
         "metric": Column(header="metric by epoch", cell=lambda row: _metric(row, notes)),
         "target": Column(header="target", cell=_target),
-        "time": Column(header="time to target, s", right=True, cell=lambda row: _figure(row.train_s_to_target)),
+        "time": Column(header="time to target, s", right=True, cell=lambda row: figure(row.train_s_to_target)),
         "compile": Column(header="compile cold / warm, s", right=True, cell=_compile),
         "n": Column(header="n", right=True, cell=lambda row: str(row.n)),
     }
@@ -172,7 +172,7 @@ def _distinction(row: Row, siblings: Sequence[Row]) -> str:
 def _images(row: Row, notes: Notes, *, spread: bool = True) -> str:
     if not row.ok:
         return notes.mark(row.status, f"{row.status}: {row.reason}" if row.reason else "")
-    cell = _figure(row.images_per_s)
+    cell = figure(row.images_per_s)
     if spread and row.images_per_s and row.images_per_s_low is not None and row.images_per_s_high is not None:
         cell += f" ± {50 * (row.images_per_s_high - row.images_per_s_low) / row.images_per_s:.1f} %"
     caveats = [
@@ -188,12 +188,12 @@ def _speedup(row: Row, notes: Notes) -> str:
         return MISSING
     differs = ", ".join(row.differs_from_eager)
     return notes.mark(
-        f"{_figure(row.speedup_over_eager)} ×", f"recipe differs from eager's: {differs}" if differs else ""
+        f"{figure(row.speedup_over_eager)} ×", f"recipe differs from eager's: {differs}" if differs else ""
     )
 
 
 def _metric(row: Row, notes: Notes) -> str:
-    further = ", ".join(f"{name} {_figure(value)}" for name, value in row.final_metrics.items())
+    further = ", ".join(f"{name} {figure(value)}" for name, value in row.final_metrics.items())
     cell = _epochs(row, spread=True) + (f" ({further})" if further else "")
     return notes.mark(cell, _weights(row))
 
@@ -207,11 +207,11 @@ def _epochs(row: Row, *, spread: bool) -> str:
     epochs = row.metric_by_epoch or (row.metric_final,)
     if row.metric_final is None and set(epochs) == {None}:
         return MISSING
-    shown = [MISSING if value is None else _fixed(value) for value in epochs]
+    shown = [MISSING if value is None else fixed(value) for value in epochs]
     if len(shown) > MAX_EPOCHS_SHOWN:
         shown = [shown[0], "…", shown[-1]]
     if spread and row.metric_final_low is not None and row.metric_final_high is not None:
-        shown[-1] += f" ± {_fixed((row.metric_final_high - row.metric_final_low) / 2)}"
+        shown[-1] += f" ± {fixed((row.metric_final_high - row.metric_final_low) / 2)}"
     return " ".join(part for part in (" → ".join(shown), row.metric_unit, row.metric) if part)
 
 
@@ -225,16 +225,16 @@ def _target(row: Row) -> str:
 def _goal(row: Row) -> str:
     if row.target is None:
         return MISSING
-    return {True: "≥ ", False: "≤ ", None: ""}[row.higher_is_better] + _fixed(row.target)
+    return {True: "≥ ", False: "≤ ", None: ""}[row.higher_is_better] + fixed(row.target)
 
 
 def _compile(row: Row) -> str:
     if row.compile_cold_s is None and row.compile_warm_s is None:
         return MISSING
-    return f"{_figure(row.compile_cold_s)} / {_figure(row.compile_warm_s)}"
+    return f"{figure(row.compile_cold_s)} / {figure(row.compile_warm_s)}"
 
 
-def _figure(value: float | None, *, count: bool = False) -> str:
+def figure(value: float | None, *, count: bool = False) -> str:
     """At least three significant digits, thousands apart: 1,234 and 82.3 and 0.0123."""
     if value is None:
         return MISSING
@@ -248,7 +248,7 @@ def _figure(value: float | None, *, count: bool = False) -> str:
     return f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"
 
 
-def _fixed(value: float) -> str:
+def fixed(value: float) -> str:
     """Two decimals, so that the epochs of one metric line up: 98.10."""
     return f"{value:,.2f}" if abs(value) < 1e12 else f"{value:.3g}"
 
@@ -269,8 +269,8 @@ def to_markdown(records: Iterable[Record]) -> str:
     for number, section in enumerate(sections):
         if number == 0 or section.machine != sections[number - 1].machine:
             own = [row for other in sections if other.machine == section.machine for row in other.rows]
-            blocks += [f"## {_escape(section.machine or MISSING)}", _escape(_machine(own))]
-        blocks += [f"### {_escape(section.title.capitalize())}", _markdown_table(section)]
+            blocks += [f"## {escape(section.machine or MISSING)}", escape(_machine(own))]
+        blocks += [f"### {escape(section.title.capitalize())}", _markdown_table(section)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -283,12 +283,12 @@ def _markdown_table(section: Section) -> str:
 
 def _markdown_notes(notes: Notes, section: Section) -> list[str]:
     lines = [*notes.lines(), *([SPREAD] if _has_spread(section.rows) else [])]
-    return ["", *(f"- {_escape(line)}" for line in lines)] if lines else []
+    return ["", *(f"- {escape(line)}" for line in lines)] if lines else []
 
 
 def _aligned(columns: Sequence[Column], body: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose source lines up too."""
-    lines = [[column.header for column in columns], *([_escape(cell) for cell in line] for line in body)]
+    lines = [[column.header for column in columns], *([escape(cell) for cell in line] for line in body)]
     widths = [max(3, *(cell_len(cell) for cell in cells)) for cells in zip(*lines, strict=True)]
     rule = [
         "-" * (width - 1) + ":" if column.right else "-" * width for column, width in zip(columns, widths, strict=True)
@@ -302,7 +302,7 @@ def _aligned(columns: Sequence[Column], body: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(map(padded, line, columns, widths)) + " |" for line in lines)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Text that Markdown shows as it is: no cell ends, no markup, no HTML, no comment."""
     for letter in "\\`*_[]|~":
         text = text.replace(letter, "\\" + letter)
@@ -314,7 +314,7 @@ def _machine(own: Sequence[Row]) -> str:
     described = max(own, key=lambda row: row.ids[-1])
     parts = [described.gpu, described.cpu]
     parts.append(f"{described.cores:,.0f} cores" if described.cores is not None else None)
-    parts.append(f"{_figure(described.memory_gib)} GiB" if described.memory_gib is not None else None)
+    parts.append(f"{figure(described.memory_gib)} GiB" if described.memory_gib is not None else None)
     hardware = ", ".join(part for part in parts if part)
     versions = ", ".join(sorted({version for row in own for version in row.versions}))
     return "; ".join(part for part in (hardware, versions) if part) or MISSING
@@ -439,7 +439,7 @@ def readme_table(records: Iterable[Record]) -> str:
         if section.suite != ("full" if "full" in suites else "quick"):
             continue
         title = f"{section.rows[0].gpu or section.rows[0].cpu or section.machine or MISSING}: {section.title}"
-        blocks += [f"**{_escape(title)}**", _readme_section(section)]
+        blocks += [f"**{escape(title)}**", _readme_section(section)]
     return "\n\n".join(blocks) or EMPTY
 
 

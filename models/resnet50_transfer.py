@@ -4,8 +4,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torchvision.models import resnet50
-from torchvision.models.resnet import Bottleneck
 
 
 class ResNet50Transfer(nn.Module):
@@ -18,6 +16,9 @@ class ResNet50Transfer(nn.Module):
 
     def __init__(self, classes: int = 5, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         super().__init__()
+        from torchvision.models import resnet50  # here: it takes seconds, and whoever lists the workloads needs it not
+        from torchvision.models.resnet import Bottleneck
+
         backbone = resnet50()
         if weights is None:
             for layer in backbone.modules():
@@ -26,7 +27,7 @@ class ResNet50Transfer(nn.Module):
         else:
             backbone.load_state_dict(dict(weights))
         backbone.fc = nn.Identity()
-        self.features = backbone.requires_grad_(False)
+        self.features = backbone.requires_grad_(False).eval()
         self.head = nn.Sequential(nn.Linear(2048, 1024), nn.ReLU(), nn.Linear(1024, classes))
 
     def train(self, mode: bool = True) -> "ResNet50Transfer":

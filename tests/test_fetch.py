@@ -135,12 +135,8 @@ def test_known_hashes_are_those_of_the_real_files(data_root: Path) -> None:
 
 
 def python2_pickle(value: object) -> bytes:
-    """As Python 2 wrote it: a dtype's flags are numbers, of which NumPy warns from 2.4 on."""
-    flags = b"u1q\x00\x89\x88\x87"  # 'u1', False, True
-    content = pickle.dumps(value, protocol=2)
-    for memo in range(256):
-        content = content.replace(flags[:3] + bytes([memo]) + flags[4:], b"u1q" + bytes([memo]) + b"K\x00K\x01\x87")
-    return content
+    """As Python 2 wrote it: a dtype's flags are 0 and 1, not False and True."""
+    return pickle.dumps(value, protocol=2).replace(b"\x89\x88\x87", b"K\x00K\x01\x87")
 
 
 def pack(target: Path, files: dict[str, bytes]) -> None:

@@ -70,7 +70,7 @@ def array_loader(
             shuffle=train,
         )
     )
-    dali, fn, types = _import_dali()
+    dali, fn, types = import_dali()
     pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=_device_id(device), prefetch_queue_depth=2)
     with pipeline:
         outputs = fn.external_source(
@@ -123,7 +123,7 @@ def jpeg_loader(
         seed=seed,
         shuffle=train,
     )
-    dali, fn, types = _import_dali()
+    dali, fn, types = import_dali()
     pipeline = _per_image_pipeline(dali, batch_size, device)
     with pipeline:
         outputs = 3 if warped else 2
@@ -158,7 +158,7 @@ def decode(files: Sequence[Path], device: torch.device) -> np.ndarray:
     """uint8 [N, H, W, 3] of JPEGs of one size; UserError names a file that is of another or cannot be decoded."""
     encoded = [_read_jpeg(file) for file in files]
     starts = range(0, len(encoded), DECODE_CHUNK)
-    dali, fn, types = _import_dali()
+    dali, fn, types = import_dali()
     pipeline = _per_image_pipeline(dali, DECODE_CHUNK, device)
     with pipeline:
         chunks = fn.external_source(
@@ -205,6 +205,7 @@ class _DaliLoader:
     ) -> None:
         self.images_per_epoch = images_per_epoch
         self.batches_per_epoch = batches_per_epoch
+        pipeline.build()  # here, so that the first epoch does not pay for it
         self._pipeline = pipeline
         # DALI leaves the source in a cycle of references; its thread and its images shall not wait for the collector.
         self._end_source = weakref.finalize(self, source.close)
@@ -293,12 +294,11 @@ def _super_batches(
     """
     for epoch in itertools.count():
         draw = np.random.default_rng((seed, epoch))
-        rows = _rows(len(images), count, size, draw if shuffle else None)
+        rows = draw.permutation(len(images)) if shuffle else np.arange(len(images))
         pad = preprocess.crop_padding
-        shift = draw.integers(-pad, pad, (len(rows), 2), np.int32, endpoint=True)
-        flip = draw.integers(0, int(preprocess.flip), len(rows), np.uint8, endpoint=True)
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
+        shift = draw.integers(-pad, pad, (count, 2), np.int32, endpoint=True)
+        flip = draw.integers(0, int(preprocess.flip), count, np.uint8, endpoint=True)
+        for part in _parts(count, size):
             yield images.take(rows[part], axis=0)[None], labels[rows[part]][None], shift[part][None], flip[part][None]
 
 
@@ -315,17 +315,16 @@ def _jpeg_batches(
     """Epoch after epoch, (encoded files, labels, affine maps) of one batch; padding after `count` images."""
     for epoch in itertools.count():
         draw = np.random.default_rng((seed, epoch))
-        rows = _rows(len(encoded), count, batch_size, draw if shuffle else None)
-        maps = _affine_maps(len(rows), preprocess, draw)
-        for start in range(0, len(rows), batch_size):
-            part = slice(start, start + batch_size)
+        rows = draw.permutation(len(encoded)) if shuffle else np.arange(len(encoded))
+        maps = _affine_maps(count, preprocess, draw)
+        for part in _parts(count, batch_size):
             yield [encoded[row] for row in rows[part]], labels[rows[part]], maps[part]
 
 
-def _rows(images: int, count: int, multiple: int, shuffle: np.random.Generator | None) -> np.ndarray:
-    """int64, the first `count` of `images` rows in an epoch's order, the last repeated up to a whole multiple."""
-    order = np.arange(images) if shuffle is None else shuffle.permutation(images)
-    return np.pad(order[:count], (0, -count % multiple), mode="edge")
+def _parts(count: int, size: int) -> Iterator[np.ndarray]:
+    """0 … count - 1 in parts of `size`; the last one is filled up with count - 1."""
+    for start in range(0, count, size):
+        yield np.minimum(np.arange(start, start + size), count - 1)
 
 
 def _unmoved(preprocess: Preprocess) -> Preprocess:
@@ -357,7 +356,7 @@ def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
             yield item
 
 
-def _import_dali() -> tuple[ModuleType, ModuleType, ModuleType]:
+def import_dali() -> tuple[ModuleType, ModuleType, ModuleType]:
     try:
         import nvidia.dali as dali
         from nvidia.dali import fn, types

@@ -132,7 +132,7 @@ def _fetch_cifar(job: _Job) -> None:
                 if member := tar.extractfile(f"{cls.base_folder}/{file}"):
                     (unpacked / file).write_bytes(member.read())
         with warnings.catch_warnings():
-            # the files were pickled by Python 2: from 2.4 on, NumPy warns about the form of their dtype
+            # NumPy 2.4.0 to 2.4.4 warns about the dtype in files as old as these (numpy/numpy#31177)
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             # compares each file's MD5 before it unpickles it
             sources = {split: cls(job.scratch, train=split == "train") for split in ("train", "test")}
@@ -292,6 +292,8 @@ def _open(url: str) -> Any:
         result = answer.get(timeout=ANSWER_S)
     except queue.Empty:
         raise urllib.error.URLError(f"no answer within {ANSWER_S:.0f} s") from None
+    if isinstance(result, urllib.error.HTTPError):
+        result.close()  # it is an open response too
     if isinstance(result, urllib.error.URLError):
         raise result
     if isinstance(result, Exception):

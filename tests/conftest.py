@@ -1,0 +1,33 @@
+"""What all tests share: the rules for tests that need a GPU or real images."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+THREADS = 4  # of torch: the tests' tensors are small, and on many cores more threads only wait for each other
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in for_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none here"))
+    loaded = sys.modules.get("torch")  # not imported here: tests of tables and statistics run without it
+    if loaded is not None:
+        loaded.set_num_threads(min(THREADS, loaded.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real image sets, in the prepared format."""
+    root = os.environ.get("NETDYNO_DATA")
+    if not root:
+        pytest.skip("needs real images: $NETDYNO_DATA is not set")
+    if not Path(root).is_dir():
+        pytest.fail(f"$NETDYNO_DATA is {root}, which is no folder")
+    return Path(root)

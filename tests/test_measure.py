@@ -1,0 +1,152 @@
+"""The block clock and the warm-up, under a clock that the tests move, and the memory readings."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from netdyno.bench import measure
+from netdyno.bench.measure import BlockClock, peak_memory, reset_peak_memory, warm_up
+
+CPU = torch.device("cpu")
+RESULT = torch.zeros(())
+
+
+class Time:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock_time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    time = Time()
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: time.now))
+    return time
+
+
+def test_blocks_tile_the_total_and_the_remainder_is_no_block(clock_time: Time) -> None:
+    clock = BlockClock(CPU, 45)
+    assert clock.block_steps == 2  # 45 // 20
+    clock.start()
+    closed = []
+    for step in range(1, 46):
+        clock_time.pass_by(step)
+        closed.append(clock.step())
+    clock_time.pass_by(0.5)  # what comes after the last step belongs to the remainder
+    clock.stop()
+    assert closed == [step % 2 == 0 for step in range(1, 46)]
+    assert clock.block_s == pytest.approx([step + step - 1 for step in range(2, 45, 2)])
+    assert clock.total_s == pytest.approx(sum(range(1, 46)) + 0.5)
+    assert clock.wall_s == pytest.approx(clock.total_s)
+    assert sum(clock.block_s) == pytest.approx(clock.total_s - 45.5)
+
+
+def test_full_blocks_are_the_total(clock_time: Time) -> None:
+    clock = BlockClock(CPU, 100)
+    assert clock.block_steps == 5
+    clock.start()
+    for _ in range(100):
+        clock_time.pass_by(0.25)
+        clock.step()
+    clock_time.pass_by(7)  # nothing is trained any more
+    clock.stop()
+    assert clock.block_s == pytest.approx([1.25] * 20)
+    assert clock.total_s == pytest.approx(25)
+    assert clock.wall_s == pytest.approx(32)
+
+
+def test_time_before_the_start_does_not_count(clock_time: Time) -> None:
+    clock = BlockClock(CPU, 1)
+    clock_time.pass_by(100)
+    clock.start()
+    clock_time.pass_by(2)
+    assert clock.step()
+    clock.stop()
+    assert clock.block_s == pytest.approx([2])
+    assert clock.wall_s == pytest.approx(2)
+
+
+@pytest.mark.parametrize(("steps", "block_steps"), [(1, 1), (19, 1), (39, 1), (40, 2), (1_000, 50)])
+def test_an_epoch_has_about_twenty_blocks(steps: int, block_steps: int) -> None:
+    assert BlockClock(CPU, steps).block_steps == block_steps
+
+
+def test_warm_up_ends_when_three_stretches_are_alike(clock_time: Time) -> None:
+    durations = iter([1.0, 0.3, 0.2, 0.100, 0.104, 0.102, 0.1])
+
+    def step() -> torch.Tensor:
+        clock_time.pass_by(next(durations))
+        return RESULT
+
+    assert warm_up(step)
+    assert list(durations) == [0.1]
+
+
+def test_fast_steps_are_judged_in_stretches_of_50_ms(clock_time: Time) -> None:
+    steps = 0
+
+    def step() -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        clock_time.pass_by(0.001)
+        return RESULT
+
+    assert warm_up(step)
+    assert steps == 1 + 2 + 4 + 8 + 16 + 32 + 3 * 64
+
+
+def test_warm_up_gives_up_on_a_step_that_is_never_steady(clock_time: Time) -> None:
+    start = clock_time.now
+    duration = 0.1
+
+    def step() -> torch.Tensor:
+        nonlocal duration
+        duration = 0.3 - duration  # 0.2, 0.1, 0.2 …
+        clock_time.pass_by(duration)
+        return RESULT
+
+    assert not warm_up(step)
+    assert 10 <= clock_time.now - start < 10.5
+
+
+def test_memory_on_a_cpu_is_that_of_the_host() -> None:
+    reset_peak_memory(CPU)
+    before = peak_memory(CPU)["host_rss_peak_mib"]
+    assert before is not None
+    held = torch.ones(int(before) * 2**18 + 2**25)  # as many MiB again, and 128
+    after = peak_memory(CPU)
+    assert after["peak_allocated_mib"] is None
+    assert after["peak_reserved_mib"] is None
+    assert after["host_rss_peak_mib"] is not None
+    assert after["host_rss_peak_mib"] >= held.nbytes / 2**20
+
+
+@pytest.mark.gpu
+def test_blocks_on_a_gpu_are_its_own_time() -> None:
+    device = torch.device("cuda")
+    matrix = torch.randn(4_096, 4_096, device=device)
+    (matrix @ matrix).sum().item()
+    clock = BlockClock(device, 40)
+    clock.start()
+    for _ in range(41):
+        matrix @ matrix
+        clock.step()
+    clock.stop()
+    assert len(clock.block_s) == 20
+    assert sum(clock.block_s) < clock.total_s <= 1.05 * clock.wall_s
+    assert clock.total_s > 0.5 * clock.wall_s  # launching them alone would take a small part of it
+
+
+@pytest.mark.gpu
+def test_peaks_on_a_gpu_start_anew() -> None:
+    device = torch.device("cuda")
+    large = torch.empty(2**28, dtype=torch.uint8, device=device)
+    assert (peak_memory(device)["peak_allocated_mib"] or 0) >= 256
+    del large
+    reset_peak_memory(device)
+    assert (peak_memory(device)["peak_allocated_mib"] or 0) < 256

@@ -1,0 +1,53 @@
+"""Tunings, and the policy that picks a precision for a card."""
+
+from dataclasses import fields
+
+import pytest
+
+from netdyno.bench.tuning import TUNINGS, Capability, Tuning, eager, precision_for, t4, tuned
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        (None, "bf16"),  # a CPU
+        ((6, 1), "fp16"),
+        ((7, 0), "fp16"),
+        ((7, 5), "fp16"),
+        ((8, 0), "bf16"),
+        ((8, 9), "bf16"),
+        ((9, 0), "bf16"),
+        ((10, 0), "bf16"),
+    ],
+)
+def test_precision_is_decided_by_capability(capability: Capability, expected: str) -> None:
+    assert precision_for(capability) == expected
+    assert tuned(capability).precision == expected
+
+
+@pytest.mark.parametrize("capability", [None, (7, 5), (9, 0)])
+def test_tuned_is_everything_and_eager_nothing(capability: Capability) -> None:
+    best, first = tuned(capability), eager(capability)
+    assert (best.channels_last, best.compile, best.fused_optimizer, best.loader) == (True, True, True, "dali")
+    assert (first.channels_last, first.compile, first.fused_optimizer, first.loader) == (False, False, False, "torch")
+    assert first.precision == "fp32"
+    assert not best.needs_gpu
+    assert not first.needs_gpu
+    assert (best.memory_limit_mib, first.memory_limit_mib) == (None, None)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_t4_is_what_a_t4_gets_within_its_memory(capability: Capability) -> None:
+    """On any card the settings that `tuned` has on sm_75, and 14 GiB."""
+    limits = {"name", "needs_gpu", "memory_limit_mib"}
+    for field in fields(Tuning):
+        if field.name not in limits:
+            assert getattr(t4(capability), field.name) == getattr(tuned((7, 5)), field.name), field.name
+    assert t4(capability).needs_gpu
+    assert t4(capability).memory_limit_mib == 14_336
+
+
+def test_tunings_are_listed_under_their_names() -> None:
+    assert list(TUNINGS) == ["tuned", "eager", "t4"]
+    for name, make in TUNINGS.items():
+        assert make((9, 0)).name == name
