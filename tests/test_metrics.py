@@ -48,22 +48,19 @@ def test_psnr_of_low_precision_is_computed_in_float32() -> None:
 
 
 def ssim_by_hand(one: np.ndarray, two: np.ndarray) -> float:
-    """Wang et al. 2004, eq. 13, of two channels [H, W] in [0, 1], over the windows that lie inside the image."""
+    """Wang et al. 2004, eq. 13, of two channels [H, W] in [0, 1], with a window at every pixel, borders reflected."""
     at = np.arange(11) - 5
     row = np.exp(-(at**2) / (2 * 1.5**2))
     window = np.outer(row, row) / row.sum() ** 2
-    values = []
-    for y in range(one.shape[0] - 10):
-        for x in range(one.shape[1] - 10):
-            a, b = one[y : y + 11, x : x + 11], two[y : y + 11, x : x + 11]
-            mean_a, mean_b = (window * a).sum(), (window * b).sum()
-            var_a, var_b = (window * (a - mean_a) ** 2).sum(), (window * (b - mean_b) ** 2).sum()
-            covariance = (window * (a - mean_a) * (b - mean_b)).sum()
-            values.append(
-                ((2 * mean_a * mean_b + 0.01**2) * (2 * covariance + 0.03**2))
-                / ((mean_a**2 + mean_b**2 + 0.01**2) * (var_a + var_b + 0.03**2))
-            )
-    return float(np.mean(values))
+    a, b = (np.lib.stride_tricks.sliding_window_view(np.pad(x, 5, mode="reflect"), (11, 11)) for x in (one, two))
+
+    def weighted(values: np.ndarray) -> np.ndarray:
+        return (window * values).sum(axis=(2, 3))
+
+    mean_a, mean_b = weighted(a), weighted(b)
+    from_a, from_b = a - mean_a[..., None, None], b - mean_b[..., None, None]
+    structure = (2 * weighted(from_a * from_b) + 0.03**2) / (weighted(from_a**2) + weighted(from_b**2) + 0.03**2)
+    return float((structure * (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)).mean())
 
 
 def test_ssim_by_hand() -> None:
@@ -136,30 +133,24 @@ def test_swd_has_its_size_by_theory() -> None:
     as N(0, s²), s the sum of its components. Between the two lies |1 - |s|| · √(2/π), s itself being nearly N(0, 1).
     """
     generator = torch.Generator().manual_seed(0)
-    white = torch.randn(600, 1, 16, 16, generator=generator)
-    flat = torch.randn(600, 1, 1, 1, generator=generator).expand(600, 1, 16, 16)
+    white = torch.randn(100, 1, 16, 16, generator=generator)
+    flat = torch.randn(100, 1, 1, 1, generator=generator).expand(100, 1, 16, 16)
     within_one = 0.6827 - 2 * (0.39894 - 0.24197)  # E[max(0, 1 - |s|)]
     expected = math.sqrt(2 / math.pi) * (math.sqrt(2 / math.pi) - 1 + 2 * within_one)
     assert sliced_wasserstein(white, flat) == pytest.approx(1_000 * expected, rel=0.1)
 
 
-def test_swd_of_a_set_and_itself_is_the_noise_of_sampling() -> None:
-    """Not 0, since both sides draw patches of their own, but small beside any difference."""
-    images = smooth(32, seed=0)
-    same = sliced_wasserstein(images, images)
-    assert 0 <= same < 0.15 * sliced_wasserstein(noise_like(images), images)
-
-
-def test_swd_ranks_real_before_noise() -> None:
-    real, others = smooth(32, seed=0), smooth(32, seed=1)
+def test_swd_ranks_itself_before_real_before_noise() -> None:
+    """A set is not at 0 from itself, since both sides draw patches of their own."""
+    real, others = smooth(16, seed=0), smooth(16, seed=1)
     itself, between, noise = (sliced_wasserstein(images, real) for images in (real, others, noise_like(real)))
-    assert itself < between < 0.25 * noise
+    assert 0 < 1.5 * itself < between < noise / 1.5
 
 
 @pytest.mark.parametrize("damage", ["noise", "blur"])
 def test_swd_grows_with_damage(damage: str) -> None:
-    real = noise_like(torch.empty(32, 3, 32, 32), 5) * 0.3 + 0.7 * smooth(32, seed=0)
-    others = noise_like(torch.empty(32, 3, 32, 32), 6) * 0.3 + 0.7 * smooth(32, seed=1)
+    real = 0.1 * noise_like(torch.empty(16, 3, 32, 32), 5) + 0.9 * smooth(16, seed=0)
+    others = 0.1 * noise_like(torch.empty(16, 3, 32, 32), 6) + 0.9 * smooth(16, seed=1)
 
     def damaged(amount: float) -> torch.Tensor:
         worse = noise_like(others, 7) if damage == "noise" else F.avg_pool2d(others, 5, 1, 2)
@@ -167,14 +158,14 @@ def test_swd_grows_with_damage(damage: str) -> None:
 
     distances = [sliced_wasserstein(damaged(amount), real) for amount in (0.0, 0.25, 0.5, 1.0)]
     assert distances == sorted(distances)
-    assert distances[-1] > 2 * distances[0]
+    assert distances[-1] > 1.4 * distances[0]
 
 
 def test_swd_is_nearly_symmetric_and_blind_to_order() -> None:
-    real, noise = smooth(48, seed=0), noise_like(torch.empty(48, 3, 32, 32))
+    real, noise = smooth(16, seed=0), noise_like(torch.empty(16, 3, 32, 32))
     distance = sliced_wasserstein(noise, real)
     assert sliced_wasserstein(real, noise) == pytest.approx(distance, rel=0.05)
-    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     assert sliced_wasserstein(noise[order], real) == pytest.approx(distance, rel=0.02)
     assert sliced_wasserstein(noise, real[order]) == pytest.approx(distance, rel=0.05)
 
@@ -196,7 +187,7 @@ def test_swd_depends_on_its_seed_alone() -> None:
 
 def test_swd_sees_every_level() -> None:
     """A difference in the finest band and one in the coarsest each count."""
-    real, others = smooth(32, seed=0), smooth(32, seed=1)
+    real, others = smooth(16, seed=0), smooth(16, seed=1)
     base = sliced_wasserstein(others, real)
     chessboard = (torch.arange(32)[:, None] + torch.arange(32)).remainder(2).float() - 0.5
     stripes = torch.sin(torch.arange(32) / 32 * 4 * math.pi).expand(32, 32)
@@ -214,5 +205,5 @@ def test_swd_of_real_faces(data_root: Path) -> None:
     faces = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 127.5 - 1 for file in files])
     half, other = faces[::2], faces[1::2]
     between = sliced_wasserstein(half, other)
-    assert 2 * between < sliced_wasserstein(F.avg_pool2d(half, 3, 1, 1), other)
+    assert 1.3 * between < sliced_wasserstein(F.avg_pool2d(half, 3, 1, 1), other)
     assert 4 * between < sliced_wasserstein(2 * noise_like(half) - 1, other)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,14 +41,14 @@ def with_bias(layers: list[tuple[int, ...]]) -> int:
 def dcgan_generator(width: int, kernel: int) -> int:
     """No bias before a batch norm, whose scale and shift are two values a channel; the output layer has one."""
     channels = [8 * width, 4 * width, 2 * width, width]
-    inner = sum(a * b * kernel**2 for a, b in zip(channels, channels[1:], strict=False))
+    inner = sum(a * b * kernel**2 for a, b in pairwise(channels))
     return 100 * 8 * width * 16 + inner + 2 * sum(channels) + width * 3 * kernel**2 + 3
 
 
 def dcgan_discriminator(width: int, kernel: int) -> int:
     """No batch norm after the first layer, which has a bias, as has the last, 4×4 to one logit."""
     channels = [width, 2 * width, 4 * width, 8 * width]
-    inner = sum(a * b * kernel**2 for a, b in zip(channels, channels[1:], strict=False))
+    inner = sum(a * b * kernel**2 for a, b in pairwise(channels))
     return 3 * width * kernel**2 + width + inner + 2 * sum(channels[1:]) + 8 * width * 16 + 1
 
 
@@ -124,8 +125,9 @@ def test_layers_follow_the_design() -> None:
 
     with torch.device("meta"):
         assert sequence(MnistCnn()) == (
-            ["Conv2d", "ReLU", "MaxPool2d", "Conv2d", "ReLU", "Conv2d", "ReLU", "MaxPool2d", "Flatten"]
-            + ["Linear", "ReLU", "Linear"]
+            ["Conv2d", "ReLU", "MaxPool2d"]
+            + ["Conv2d", "ReLU"] * 2
+            + ["MaxPool2d", "Flatten", "Linear", "ReLU", "Linear"]
         )
         assert sequence(Cifar10Cnn()) == (
             ["Conv2d", "ReLU", "Conv2d", "ReLU", "MaxPool2d"] * 3 + ["Flatten", "Linear", "ReLU", "Linear"]

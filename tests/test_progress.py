@@ -47,6 +47,7 @@ def test_a_terminal_of_80_columns_gets_a_bar_of_one_line_that_vanishes(monkeypat
     assert "epoch 99/100 ━━━━━━━━━" in text
     assert " 99%" in text
     assert "loss -0.0001234  metric 97.10\n" in text  # nothing was cut off or broken
+    assert "97.10  0 s" not in text  # the lines of a log
     assert text.count("\x1b[1A") == 1  # one line was to be cleared
     assert text.endswith("\x1b[2K")
 

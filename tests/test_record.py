@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +171,17 @@ def test_the_code_hash_follows_what_decides_a_measurement(tmp_path: Path, monkey
     monkeypatch.setattr(records, "__file__", str(tmp_path / "bench" / "record.py"))
     seen = {records.code_hash()}
 
-    for name in ("bench/cli.py", "bench/table.py", "bench/progress.py", "bench/errors.py"):
+    for name in ("bench/cli.py", "bench/table.py", "bench/progress.py", "bench/stats.py"):
         (tmp_path / name).write_text("# another\n")
     assert records.code_hash() in seen
 
-    for name in ("bench/child.py", "bench/data/dali.py", "kernels/augment.py", "models/mnist_cnn.py"):
+    for name in (
+        "bench/child.py",
+        "bench/tuning.py",
+        "bench/data/dali.py",
+        "kernels/augment.py",
+        "models/mnist_cnn.py",
+    ):
         source = tmp_path / name
         source.write_text(source.read_text() + "# another\n")
         assert records.code_hash() not in seen, name
@@ -185,5 +193,17 @@ def test_the_code_hash_follows_what_decides_a_measurement(tmp_path: Path, monkey
     assert records.code_hash() not in seen
 
 
-def test_sources_that_decide_nothing_are_really_there() -> None:
-    assert [name for name in records.READS_RECORDS if not (ROOT / name).is_file()] == []
+def test_every_source_that_a_run_imports_counts_or_is_known_not_to() -> None:
+    script = "import sys, netdyno.bench.child, netdyno.bench.runner; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    paths = {name.removeprefix("netdyno.").replace(".", "/") for name in loaded if name.startswith("netdyno.")}
+    files = {f"{path}.py" for path in paths if (ROOT / f"{path}.py").is_file()}
+    assert len(files) > 20
+    idle = {
+        "bench/errors.py",
+        "bench/record.py",
+        "bench/stats.py",
+    }  # messages, files, and what is derived from raw data
+    counted = {file for file in files if any(file == name or file.startswith(f"{name}/") for name in records.MEASURES)}
+    assert files - counted <= idle
+    assert [name for name in records.MEASURES if not (ROOT / name).exists()] == []

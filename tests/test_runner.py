@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from netdyno.bench import runner
-from netdyno.bench.child import Order
 from netdyno.bench.errors import UserError
+from netdyno.bench.order import Order
 from netdyno.bench.record import load, load_all, path_of
 from netdyno.bench.runner import run
 from netdyno.bench.workloads import Case
@@ -266,6 +266,9 @@ class FakeGpu:
     def process_memory_mib(self, pid: int) -> float | None:
         assert os.getpgid(pid) == pid  # the child leads its own session
         return self.used_mib
+
+    def other_processes(self, pid: int) -> int:
+        return 0
 
     def reading(self) -> dict[str, float]:
         return {"power_w": 100.0}

@@ -8,7 +8,18 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 
 from netdyno.bench.errors import UserError
-from netdyno.bench.workloads import SUITES, WORKLOADS, Case, Preprocess, Recipe, Workload, describe, find, names, resolve
+from netdyno.bench.workloads import (
+    SUITES,
+    WORKLOADS,
+    Case,
+    Preprocess,
+    Recipe,
+    Workload,
+    describe,
+    find,
+    names,
+    resolve,
+)
 
 SIX = ["mnist-cnn", "cifar10-cnn", "cifar100-cnn", "conv-autoencoder", "dcgan", "resnet50-transfer"]
 COLOURLESS = Preprocess(mean=(0.0,), std=(1.0,))
