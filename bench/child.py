@@ -57,7 +57,7 @@ def run(order: Order, emit: Emit) -> None:
     emit(stage="data")
     train_set, eval_set = (image_set(resolve(case), split, tuning, order.data, device) for split in ("train", "test"))
     workload, network = build(resolve(case), train_set.classes)
-    emit(section="case", value=describe(case, workload))
+    emit(section="case", value=describe(case, workload) | {"precision": tuning.precision})
     emit(section="data", value=describe_data(train_set, eval_set, tuning))
 
     def train_loader() -> Loader:

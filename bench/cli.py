@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from . import cli_regress, cli_report
 from . import table as tables
 from .errors import UserError
 from .progress import outcome, show
@@ -277,6 +278,10 @@ def verify(names: SetNames = None, data: DataOption = None) -> None:
         problems += found
     if problems:
         raise UserError("\n".join(problems))
+
+
+cli_regress.register(app)  # compare, gate, baseline update, ab, bisect, history
+cli_report.register(app)  # report, pack, merge
 
 
 def say(line: str, style: str | None = None) -> None:

@@ -113,8 +113,17 @@ def _compact(record: Record) -> bytes:
 def load(path: Path) -> Record:
     """One record. UserError naming the file where it is unreadable, no record, or of another schema."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} is not a readable record: {error}") from error
+    return parse(content, path)
+
+
+def parse(content: bytes, path: Path) -> Record:
+    """A record from the content of its file; `path` is named where it is none."""
+    try:
+        record = json.loads(content)
+    except ValueError as error:
         raise UserError(f"{path} is not a readable record: {error}") from error
     if not isinstance(record, dict) or "schema" not in record:
         raise UserError(f"{path} is no record of Netdyno: it has no 'schema'")

@@ -78,8 +78,9 @@ class Row:
     train_s_to_target: float | None  # a record that missed its target counts as endless
     compile_cold_s: float | None
     compile_warm_s: float | None
-    graph_breaks: float | None  # the most of any record, like recompiles
-    recompiles: float | None
+    recompiles: float | None  # the most of any record
+    other_processes: float | None  # on the card in the timed region, the most of any record
+    unsteady_n: int  # records whose step never became steady in warm-up
     code: tuple[str, ...]
     ids: tuple[str, ...]
     paths: tuple[str, ...]  # relative to the results folder
@@ -182,12 +183,24 @@ def _row(group: Sequence[Record]) -> Row:
         train_s_to_target=to_target if math.isfinite(to_target) else None,
         compile_cold_s=middle("compile", "cold_s"),
         compile_warm_s=middle("compile", "warm_s"),
-        graph_breaks=max(numbers("compile", "graph_breaks"), default=None),
         recompiles=max(numbers("compile", "recompiles"), default=None),
+        other_processes=max(numbers("gpu", "other_processes"), default=None),
+        unsteady_n=[_flag(record, "timing", "steady") for record in measured].count(False),
         code=_unique(_text(record, "code") for record in group),
         ids=tuple(str(_text(record, "id")) for record in group),
         paths=tuple(_path(record) for record in group),
     )
+
+
+def caveats(row: Row) -> list[str]:
+    """Why the speed in a row should be taken with care, in words; empty where there is no reason."""
+    found = {
+        f"{row.recompiles or 0:,.0f} × recompiled during the run": row.recompiles,
+        f"beside {row.other_processes or 0:,.0f} other processes on the card": row.other_processes,
+        f"{row.unsteady_n} of {row.n} not steady after warm-up": row.unsteady_n,
+        f"records of {len(row.code)} versions of the code": len(row.code) > 1,
+    }
+    return [text for text, holds in found.items() if holds]
 
 
 def _interval(samples: Sequence[float]) -> tuple[float | None, float | None]:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .record import load_all
-from .summary import Record, Row, order, rank, show_entry, summarise
+from .summary import Record, Row, caveats, order, rank, show_entry, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,12 +175,7 @@ def _images(row: Row, notes: Notes, *, spread: bool = True) -> str:
     cell = figure(row.images_per_s)
     if spread and row.images_per_s and row.images_per_s_low is not None and row.images_per_s_high is not None:
         cell += f" ± {50 * (row.images_per_s_high - row.images_per_s_low) / row.images_per_s:.1f} %"
-    caveats = [
-        f"{row.recompiles:,.0f} × recompiled during the run" if row.recompiles else "",
-        f"{row.graph_breaks:,.0f} × graph break" if row.graph_breaks else "",
-        f"records of {len(row.code)} versions of the code" if len(row.code) > 1 else "",
-    ]
-    return notes.mark(cell, "; ".join(caveat for caveat in caveats if caveat))
+    return notes.mark(cell, "; ".join(caveats(row)))
 
 
 def _speedup(row: Row, notes: Notes) -> str:

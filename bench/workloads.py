@@ -6,7 +6,7 @@ making one touches no GPU, file or environment. A new network needs one file in 
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -17,6 +17,16 @@ from ..models.dcgan import Dcgan
 from ..models.mnist_cnn import MnistCnn
 from ..models.resnet50_transfer import ResNet50Transfer
 from .errors import UserError
+
+OptimizerName = Literal["sgd", "adam", "rmsprop"]
+ScheduleName = Literal["constant", "one-cycle"]
+Objective = Literal["classify", "reconstruct", "adversarial"]
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """ValueError unless `value` is one of a Literal's."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}, not one of {', '.join(get_args(choices))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +52,19 @@ class Recipe:
 
     batch_size: int
     epochs: int
-    optimizer: Literal["sgd", "adam", "rmsprop"]
+    optimizer: OptimizerName
     learning_rate: float  # the peak, under a schedule
     momentum: float = 0.0  # sgd: momentum; adam: β₁
     weight_decay: float = 0.0
-    schedule: Literal["constant", "one-cycle"] = "constant"
+    schedule: ScheduleName = "constant"
     train_images: int | None = None  # images of the training split that are used, spread evenly; None: all
     eval_images: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.epochs) < 1 or self.learning_rate <= 0:
             raise ValueError("batch_size and epochs must be at least 1, learning_rate above 0")
+        check_choice("optimizer", self.optimizer, OptimizerName)
+        check_choice("schedule", self.schedule, ScheduleName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +87,7 @@ class Workload:
 
     name: str
     dataset: str
-    objective: Literal["classify", "reconstruct", "adversarial"]
+    objective: Objective
     network: Callable[..., nn.Module]  # classify: called with the number of classes, else with nothing
     preprocess: Preprocess
     metric: Metric
@@ -88,6 +100,9 @@ class Workload:
     target_share: float | None = None  # SWD: the share of (untrained - real) that may be left
     weights: Literal["imagenet", "random"] | None = None  # what a transfer network starts from
     division: str = "closed"
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.objective, Objective)
 
 
 def mnist_cnn() -> Workload:

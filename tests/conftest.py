@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-THREADS = 4  # of torch: the tests' tensors are small, and on many cores more threads only wait for each other
+THREADS = 1  # of torch: the tests' tensors are small, and threads that wait for a busy core took 18 s for 0.2 s of work
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none here"))
     loaded = sys.modules.get("torch")  # not imported here: tests of tables and statistics run without it
     if loaded is not None:
-        loaded.set_num_threads(min(THREADS, loaded.get_num_threads()))
+        loaded.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,17 @@ def test_fast_steps_are_judged_in_stretches_of_50_ms(clock_time: Time) -> None:
     assert steps == 1 + 2 + 4 + 8 + 16 + 32 + 3 * 64
 
 
+def test_longer_stretches_are_not_compared_with_shorter_ones(clock_time: Time) -> None:
+    durations = iter([0.055, 0.055, 0.045, *[0.0275] * 7])  # after 45 ms a stretch is two steps, of 55 ms again
+
+    def step() -> torch.Tensor:
+        clock_time.pass_by(next(durations))
+        return RESULT
+
+    assert warm_up(step)
+    assert list(durations) == [0.0275]
+
+
 def test_warm_up_gives_up_on_a_step_that_is_never_steady(clock_time: Time) -> None:
     start = clock_time.now
     duration = 0.1

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "models", "kernels")
-WITHOUT_TORCH = ("stats", "table", "record")
+WITHOUT_TORCH = ("stats", "table", "record", "schema", "collect", "report.html", "report.markdown", "report.export")
 
 
 def python(*arguments: str, cwd: Path, path: Path | None = None, timeout_s: float = 120) -> str:
@@ -61,6 +61,8 @@ def test_wheel_holds_every_module_and_nothing_else_at_top_level(wheel: Path) -> 
     assert {name.split("/")[0] for name in names} == {"netdyno", "netdyno-0.1.0.dist-info"}
     sources = {f"netdyno/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in modules(folder)}
     assert {name for name in names if name.endswith(".py")} == sources
+    page = {f"netdyno/bench/report/page.{suffix}" for suffix in ("html", "css", "js")}
+    assert page <= names
 
 
 def test_wheel_names_its_command_and_licence(wheel: Path) -> None:
@@ -74,11 +76,12 @@ def test_wheel_names_its_command_and_licence(wheel: Path) -> None:
 def test_installed_wheel_is_imported_from_where_it_was_installed(installed: Path, tmp_path: Path) -> None:
     code = """if True:
         import importlib
-        for name in ("bench", "bench.data", "models", "kernels"):
+        for name in ("bench", "bench.data", "bench.report", "models", "kernels"):
             print(importlib.import_module(f"netdyno.{name}").__file__)
     """
     files = [Path(line) for line in python("-c", code, cwd=tmp_path, path=installed).split()]
-    expected = [installed / "netdyno" / name / "__init__.py" for name in ("bench", "bench/data", "models", "kernels")]
+    names = ("bench", "bench/data", "bench/report", "models", "kernels")
+    expected = [installed / "netdyno" / name / "__init__.py" for name in names]
     assert files == expected
 
 

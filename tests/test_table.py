@@ -183,8 +183,12 @@ def test_rows_that_would_read_the_same_say_what_sets_them_apart() -> None:
 
 
 def test_what_weakens_a_number_stands_beside_it() -> None:
-    text = table.to_markdown([make(1, recompiles=2, code="1"), make(2, graph_breaks=1, code="2")])
-    assert "2 × recompiled during the run; 1 × graph break; records of 2 versions of the code" in text
+    beside = {"other_processes": 1, "readings": 9}
+    text = table.to_markdown([make(1, recompiles=2, code="1"), make(2, steady=False, gpu=beside, code="2")])
+    assert (
+        "2 × recompiled during the run; beside 1 other processes on the card; 1 of 2 not steady after warm-up;"
+        " records of 2 versions of the code" in text
+    )
 
 
 def test_targets() -> None:

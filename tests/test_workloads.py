@@ -160,6 +160,17 @@ def test_an_impossible_recipe_is_an_error(change: dict[str, float]) -> None:
         replace(find("mnist-cnn").recipe, **change)
 
 
+@pytest.mark.parametrize("change", [{"optimizer": "adagrad"}, {"schedule": "cosine"}])
+def test_an_unknown_name_in_a_recipe_is_an_error(change: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change.values()))):
+        replace(find("mnist-cnn").recipe, **change)
+
+
+def test_an_unknown_objective_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not one of classify, reconstruct, adversarial"):
+        replace(find("mnist-cnn"), objective="segment")
+
+
 @pytest.mark.parametrize("change", [{"std": (0.0,)}, {"std": (-1.0,)}, {"std": (1.0, 1.0)}, {"mean": (0.0, 0.0)}])
 def test_an_impossible_normalisation_is_an_error(change: dict[str, tuple[float, ...]]) -> None:
     with pytest.raises(ValueError, match="one value a channel"):

@@ -1,0 +1,1 @@
+"""Hardware comparison reports: records → blocks → one HTML file, Markdown with pictures, or a table for pandas."""

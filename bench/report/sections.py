@@ -1,0 +1,104 @@
+"""The page of a report: which tabs it has. A tab that would have nothing to show is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..errors import UserError
+from ..summary import clean
+from .blocks import Block, Page, Tab, View
+from .book import Book, Panel
+from .lists import environment, failures, pictures, records
+from .load import Found, Prices
+from .performance import curves, history, ladder, overview, speed, time_to_target
+from .resources import cost, memory, roofline
+
+Section = Callable[[Book, Sequence[Panel]], list[Block]]
+
+
+def page(
+    found: Sequence[Found], problems: Sequence[str] = (), prices: Prices | None = None, base: str | None = None
+) -> Page:
+    """The whole report.
+
+    Args:
+        problems: lines on files that are not shown.
+        base: the machine that others are compared with first, by its slug, GPU or name in the report.
+
+    Raises:
+        UserError: there is no machine `base`.
+    """
+    book = Book(found)
+    tabs = [
+        _relative("overview", "Overview", book),
+        _scoped("speed", "Speed", book, speed),
+        _scoped("target", "Time to target", book, time_to_target),
+        _scoped("curves", "Accuracy", book, curves),
+        _scoped("memory", "Memory", book, memory),
+        _scoped("cost", "Energy and cost", book, lambda book, panels: cost(book, panels, prices)),
+        _scoped("ladder", "Ladder", book, ladder),
+        _scoped("roofline", "Roofline", book, roofline),
+        _whole("pictures", "Pictures", pictures(book)),
+        _scoped("history", "History", book, history),
+        _whole("environment", "Environment", environment(book)),
+        _whole("failures", "Failures", failures(book)),
+        _whole("records", "Records", records(book)),
+    ]
+    return Page(
+        title="Netdyno report",
+        summary=_summary(book),
+        problems=[clean(problem) for problem in problems],
+        scopes=book.scopes,
+        bases=_bases(book, base),
+        tabs=[tab for tab in tabs if tab.views],
+    )
+
+
+def _bases(book: Book, first: str | None) -> list[str]:
+    """The names of all machines, `first` first."""
+    machines = list(book.machines.values())
+    if first is not None:
+        chosen = [machine for machine in machines if first in (machine.slug, machine.label, machine.gpu)]
+        if len(chosen) != 1:
+            known = ", ".join(machine.slug for machine in machines)
+            raise UserError(f"{'several machines are' if chosen else 'there is no machine'} {first}; known are {known}")
+        machines.sort(key=lambda machine: machine is not chosen[0])
+    return [machine.label for machine in machines]
+
+
+def _summary(book: Book) -> str:
+    """ "12 records, 2 machines, 3 workloads, from 2026-11-20 to 2026-11-23. 1 did not end well: see Failures." """
+    failed = sum(one.record["status"] != "ok" for one in book.found)
+    counts = (
+        (len(book.found), "record"),
+        (len(book.machines), "machine"),
+        (len({panel.workload for panel in book.panels}), "workload"),
+    )
+    what = ", ".join(f"{count:,} {noun}{'' if count == 1 else 's'}" for count, noun in counts)
+    first, last = (book.found[end].record["created_utc"][:10] for end in (0, -1))
+    when = f"of {first}" if first == last else f"from {first} to {last}"
+    return f"{what}, {when}." + (f" {failed:,} did not end well: see Failures." if failed else "")
+
+
+def _relative(id: str, title: str, book: Book) -> Tab:
+    """The overview: a view for each scope and each machine to compare with."""
+    views = [
+        View(scope=scope, base=machine.label, blocks=overview(book, _panels(book, scope), slug))
+        for scope in book.scopes
+        for slug, machine in book.machines.items()
+    ]
+    return Tab(id=id, title=title, views=views)
+
+
+def _scoped(id: str, title: str, book: Book, section: Section) -> Tab:
+    """A view for each scope in which there is something to show."""
+    views = [View(scope=scope, blocks=section(book, _panels(book, scope))) for scope in book.scopes]
+    return Tab(id=id, title=title, views=[view for view in views if view.blocks])
+
+
+def _whole(id: str, title: str, blocks: Sequence[Block]) -> Tab:
+    return Tab(id=id, title=title, views=[View(blocks=blocks)] if blocks else [])
+
+
+def _panels(book: Book, scope: str) -> list[Panel]:
+    return [panel for panel in book.panels if panel.scope == scope]

@@ -1,0 +1,134 @@
+"""Gates against slowdowns that are really there: extra work in every training step, not edited numbers.
+
+    python tests/planted.py "mnist-cnn eager compute quick" --percent 5 --gates 10
+
+makes one baseline of this tree's code, then gates by turns new runs of the same code, which must pass (exit code 0),
+and runs of a copy whose step does PERCENT more work on the device (matrix products on a CPU, a spin kernel on a GPU),
+which must fail (exit code 1). Exit code 0 when all of them do. Started again, it goes on where it was stopped.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from netdyno.bench import gate, machine
+from netdyno.bench.ab import Checkout, Contest, environment, parse_case, run_once
+from netdyno.bench.regress import sides, step_s
+from netdyno.bench.stats import median
+
+ROOT = Path(__file__).parents[1]
+CALIBRATION = """
+import time, torch
+if torch.cuda.is_available():
+    torch.cuda._sleep(10**8)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record(); torch.cuda._sleep(10**8); end.record(); end.synchronize()
+    print(begin.elapsed_time(end) / 1e3 / 10**8)
+else:
+    square = torch.ones(256, 256)
+    times = []
+    for _ in range(2000):
+        start = time.perf_counter(); torch.mm(square, square); times.append(time.perf_counter() - start)
+    print(sorted(times)[1000])
+"""
+EXTRA = """
+
+
+def _with_extra_work(make, count):
+    def make_slower(workload, network, tuning, device, steps):
+        step, players = make(workload, network, tuning, device, steps)
+        square = torch.ones(256, 256, device=device)
+
+        def slower(images, labels):
+            loss = step(images, labels)
+            if device.type == "cuda":
+                torch.cuda._sleep(count)
+            else:
+                for _ in range(count):
+                    torch.mm(square, square)
+            return loss
+
+        return slower, players
+
+    return make_slower
+
+
+make_step = _with_extra_work(make_step, {count})
+"""
+
+
+def copy(folder: Path, cache: Path, extra: int | None = None) -> Checkout:
+    """This tree's code in a folder of its own, with so many units of extra work in its step.
+
+    What is there already stays: an interrupted experiment goes on with the same code.
+    """
+    tree, packages = folder / "tree", folder / "packages"
+    if not packages.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        for name in ("bench", "kernels", "models"):
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if extra is not None:
+            with (tree / "bench" / "step.py").open("a") as file:
+                file.write(EXTRA.replace("{count}", str(extra)))
+        packages.mkdir()
+        (packages / "netdyno").symlink_to(tree)
+    return Checkout(commit="this tree", tree=tree, environment=environment(packages, cache))
+
+
+def fill(side: Checkout, contest: Contest, folder: Path, runs: int) -> None:
+    """Runs until the folder holds so many records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(len(gate.read_records(str(folder), folder)), runs):
+        run_once(side, contest, seed=0, results=folder)
+        print(f"{folder.name}: {number + 1} of {runs} runs", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("case")
+    parser.add_argument("--percent", type=float, default=5.0)
+    parser.add_argument("--gates", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--baseline", type=int, default=20)
+    parser.add_argument("--folder", type=Path, default=Path("results/local/planted"))
+    options = parser.parse_args()
+    folder: Path = options.folder.absolute()
+    workload, tuning, mode, suite = parse_case(options.case)
+    contest = Contest(
+        workload=workload, tuning=tuning, mode=mode, suite=suite, repeats=0, budget_s=0, results=folder, data=None
+    )
+
+    calm = copy(folder / "copy-calm", folder / "cache-calm")
+    fill(calm, contest, folder / "baseline", options.baseline)
+    slug = machine.describe()["slug"]
+    if not (folder / "results" / slug / gate.NAME).exists():
+        gate.update(gate.read_records(str(folder / "baseline"), folder), folder / "results")
+    (side,) = sides(gate.baseline_records(folder / "results", slug)).values()
+    step = median([time for run in side.runs if (time := step_s(run)) is not None])
+
+    units = folder / "unit_s"  # kept, as the copies are
+    if not units.exists():
+        measured = subprocess.run([sys.executable, "-c", CALIBRATION], capture_output=True, text=True, check=True)
+        units.write_text(measured.stdout)
+    extra = max(1, round(step * options.percent / 100 / float(units.read_text())))
+    print(f"step {step:.6f} s, {extra} units of {float(units.read_text()):.3g} s for {options.percent} %", flush=True)
+    slow = copy(folder / f"copy-slow-{options.percent}", folder / f"cache-slow-{options.percent}", extra)
+
+    right = 0
+    for number in range(options.gates):
+        for name, place, expected in (("calm", calm, 0), (f"slow-{options.percent}", slow, 1)):
+            new = folder / f"{name}-{number + 1}"
+            fill(place, contest, new, options.repeats)
+            command = [sys.executable, "-m", "netdyno.bench", "gate", str(new), "--results", str(folder / "results")]
+            judged = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+            right += judged.returncode == expected
+            print(f"{new.name}: exit code {judged.returncode}, expected {expected}\n{judged.stdout}", flush=True)
+    print(f"{right} of {2 * options.gates} gates as expected")
+    return 0 if right == 2 * options.gates else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
