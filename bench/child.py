@@ -5,6 +5,7 @@ measured before a failure is kept:
 
     {"section": "timing", "value": {…}}     entries of a section of the record; later ones replace earlier ones
     {"stage": "compile"}                    what begins now
+    {"timed": true}                         the timed region begins, or (false) ends
     {"progress": {"epoch": 1, …}}           for the progress bar
     {"status": "oom", "reason": "…"}        only when the run is not ok
 """
@@ -16,7 +17,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from .data import baseline, dali, prepared, weights
 from .data.loader import Batch, Loader
 from .data.prepared import ImageSet
 from .errors import UserError
-from .measure import TIMING_VERSION, BlockClock, peak_memory, reset_peak_memory, warm_up
+from .measure import TIMING_VERSION, BlockClock, PeakMemory, warm_up
 from .metrics import sliced_wasserstein
 from .order import Order
 from .stats import seconds_to_target
@@ -49,7 +52,7 @@ Emit = Callable[..., None]
 def run(order: Order, emit: Emit) -> None:
     """Runs the case on the first GPU, or on the CPU where there is none, and emits the sections of its record."""
     case = order.case
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(order.gpu)
     tuning = TUNINGS[case.tuning](torch.cuda.get_device_capability() if device.type == "cuda" else None)
     torch.backends.cudnn.benchmark = tuning.compile
     torch.manual_seed(case.seed)
@@ -57,14 +60,19 @@ def run(order: Order, emit: Emit) -> None:
     emit(stage="data")
     train_set, eval_set = (image_set(resolve(case), split, tuning, order.data, device) for split in ("train", "test"))
     workload, network = build(resolve(case), train_set.classes)
-    emit(section="case", value=describe(case, workload) | {"precision": tuning.precision})
+    emit(section="case", value=describe(case, workload) | describe_precision(tuning, device))
     emit(section="data", value=describe_data(train_set, eval_set, tuning))
 
     def train_loader() -> Loader:
         return make_loader(workload, train_set, tuning, device, train=True, seed=case.seed)
 
     if case.mode == "loader":
-        return time_batches(workload, lambda images, labels: images, train_loader(), device, emit)
+        with closing(train_loader()) as loader:
+            steady = warm_up(partial(next, endless(loader)))
+        with closing(train_loader()) as loader:
+            memory = time_batches(workload, lambda images, labels: images, loader, device, emit)
+        emit(section="timing", value={"steady": steady})
+        return emit(section="memory", value=memory | {"limit_mib": tuning.memory_limit_mib})
 
     network.to(device)
     if tuning.channels_last:
@@ -74,62 +82,83 @@ def run(order: Order, emit: Emit) -> None:
     evaluate = make_evaluation(workload, network, eval_loader, tuning, device)
 
     emit(stage="compile" if tuning.compile else "warm-up")
-    initial = {name: value.clone() for name, value in network.state_dict().items()}
-    batch = next(iter(loader.epoch()))
-    compile_s = first_calls(step, batch, evaluate)
+    initial = {name: value.to("cpu", copy=True) for name, value in network.state_dict().items()}
+    resident = Resident(loader)
+    loader.close()
+    compile_s = first_calls(step, resident.batch, evaluate)
+    start_s = round(time.time() - order.started, 3)
     if order.compile_only:
-        return emit(section="compile", value={"cold_s": compile_s, "cold_start_s": seconds_since(order.started)})
-    steady = warm_up(lambda: step(batch.images, batch.labels))
+        return emit(section="compile", value={"cold_s": compile_s, "cold_start_s": start_s})
+    if tuning.compile:
+        emit(section="compile", value={"warm_s": compile_s, "warm_start_s": start_s})
+    steady = warm_up(lambda: step(resident.batch.images, resident.batch.labels))
     network.load_state_dict(initial)
     for player in players:
         player.restart()
     references = references_of(workload, train_set, eval_loader, evaluate, tuning, device)
-    loader.close()
-    loader = train_loader()
     torch.manual_seed(case.seed)
-    reset_peak_memory(device)
     graphs = compiled_graphs()
-    if tuning.compile:
-        emit(section="compile", value={"warm_s": compile_s, "warm_start_s": seconds_since(order.started)})
 
     if case.mode == "compute":
-        time_batches(workload, step, Resident(loader), device, emit)
+        memory = time_batches(workload, step, resident, device, emit)
     else:
-        train(workload, step, evaluate, loader, device, emit, order.pictures, references)
-
-    emit(stage="done")
+        with closing(train_loader()) as loader:
+            memory = train(workload, step, evaluate, loader, device, emit, order.pictures, references)
     emit(section="timing", value={"steady": steady})
-    emit(section="memory", value=peak_memory(device) | {"limit_mib": tuning.memory_limit_mib})
+    emit(section="memory", value=memory | {"limit_mib": tuning.memory_limit_mib})
     if tuning.compile:
         recompiles = compiled_graphs() - graphs
         emit(section="compile", value={"recompiles": recompiles})
         if recompiles:
             emit(status="failed", reason=f"{recompiles} graphs were compiled again inside the timed region")
     if order.trace is not None:
-        write_trace(order.trace, step, loader, device)
-    loader.close()
+        write_trace(order.trace, step, resident.batch, device)
     eval_loader.close()
 
 
-def seconds_since(started: float) -> float:
-    return round(time.time() - started, 3)
+def pick_device(gpu: str | None) -> torch.device:
+    """CUDA where the machine has a GPU; UserError where it has one that torch cannot use, instead of a slow CPU run."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if gpu is not None:
+        raise UserError(f"this machine has an {gpu}, but torch {torch.__version__} cannot use it: update its driver")
+    return torch.device("cpu")
+
+
+def describe_precision(tuning: Tuning, device: torch.device) -> dict[str, Any]:
+    """The record's `precision`. By torch's default fp32 convolutions run as TF32 where a GPU has it, from sm_80 on."""
+    tf32 = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) and torch.backends.cudnn.allow_tf32
+    return {"precision": tuning.precision, "tf32_convolutions": tf32}
+
+
+def endless(loader: Loader) -> Iterator[torch.Tensor]:
+    while True:
+        for batch in loader.epoch():
+            yield batch.images
 
 
 def image_set(workload: Workload, split: str, tuning: Tuning, root: Path, device: torch.device) -> ImageSet:
     """One split, cut to the recipe's number of images, spread evenly; small JPEGs are decoded once for DALI."""
     images = prepared.load(workload.dataset, split, root)
     wanted = workload.recipe.train_images if split == "train" else workload.recipe.eval_images
-    if wanted is not None and wanted < len(images):
-        picked = np.linspace(0, len(images) - 1, wanted).astype(np.int64)
-        images = replace(
-            images,
-            images=None if images.images is None else images.images[picked],
-            files=None if images.files is None else tuple(images.files[index] for index in picked),
-            labels=None if images.labels is None else images.labels[picked],
-        )
+    if wanted is not None:
+        images = part(images, wanted)
     if tuning.loader == "dali" and images.files is not None and workload.objective == "adversarial":
         images = replace(images, images=dali.decode(images.files, device), files=None)
     return images
+
+
+def part(images: ImageSet, count: int) -> ImageSet:
+    """`count` images, spread evenly, or all where there are no more."""
+    if count >= len(images):
+        return images
+    picked = np.linspace(0, len(images) - 1, count).astype(np.int64)
+    return replace(
+        images,
+        images=None if images.images is None else images.images[picked],
+        files=None if images.files is None else tuple(images.files[index] for index in picked),
+        labels=None if images.labels is None else images.labels[picked],
+    )
 
 
 def build(workload: Workload, classes: int) -> tuple[Workload, nn.Module]:
@@ -177,11 +206,15 @@ def describe_data(train_set: ImageSet, eval_set: ImageSet, tuning: Tuning) -> di
 
 
 def first_calls(step: Step, batch: Batch, evaluate: Evaluate) -> float:
-    """The seconds of the first step and the first evaluation, in which they are compiled."""
-    start = time.perf_counter()
-    step(batch.images, batch.labels).item()
-    evaluate()
-    return round(time.perf_counter() - start, 3)
+    """The seconds by which the first step and evaluation, in which they are compiled, outlast the second ones."""
+
+    def both() -> float:
+        start = time.perf_counter()
+        step(batch.images, batch.labels).item()
+        evaluate()
+        return time.perf_counter() - start
+
+    return round(both() - both(), 3)
 
 
 def compiled_graphs() -> int:
@@ -194,10 +227,10 @@ class Resident:
     def __init__(self, loader: Loader) -> None:
         self.batches_per_epoch = loader.batches_per_epoch
         self.images_per_epoch = loader.images_per_epoch
-        self._batch = next(iter(loader.epoch()))
+        self.batch = next(iter(loader.epoch()))
 
     def epoch(self) -> Iterator[Batch]:
-        return repeat(self._batch, self.batches_per_epoch)
+        return repeat(self.batch, self.batches_per_epoch)
 
     def close(self) -> None:
         """Nothing to close: the loader belongs to the caller."""
@@ -232,23 +265,35 @@ class Timing:
         self._emit(section="throughput", value={"images_per_s": round(self._images / train_s, 3)})
 
 
-def time_batches(workload: Workload, step: Step, loader: Loader, device: torch.device, emit: Emit) -> None:
-    """The recipe's epochs without evaluation: the loader alone, or training on a resident batch."""
+def time_batches(
+    workload: Workload, step: Step, loader: Loader, device: torch.device, emit: Emit
+) -> dict[str, float | None]:
+    """The recipe's epochs without evaluation: the loader alone, or training on a resident batch; peaks of memory.
+
+    Raises:
+        Diverged: the last result is not finite.
+    """
     timing = Timing(device, emit)
+    memory = PeakMemory(device)
     emit(stage="measure", epochs=workload.recipe.epochs, steps_per_epoch=loader.batches_per_epoch)
     for epoch in range(1, workload.recipe.epochs + 1):
         clock = timing.clock(loader.batches_per_epoch)
         images = steps = 0
-        clock.start()
-        for batch in loader.epoch():
-            step(batch.images, batch.labels)
-            images += len(batch.images)
-            steps += 1
-            if clock.step():
-                emit(progress={"epoch": epoch, "step": steps})
-        clock.stop()
+        emit(timed=True)
+        with memory.during("train"):
+            clock.start()
+            for batch in loader.epoch():
+                result = step(batch.images, batch.labels)
+                images += len(batch.images)
+                steps += 1
+                if clock.step():
+                    emit(progress={"epoch": epoch, "step": steps})
+            clock.stop()
+        emit(timed=False)
         timing.add(images, steps)
-    loader.close()
+    if not torch.isfinite(result).all():
+        raise Diverged(f"a result that is not finite after {workload.recipe.epochs} epochs")
+    return memory.summary()
 
 
 def references_of(
@@ -263,10 +308,8 @@ def references_of(
     if workload.objective != "adversarial":
         return {}
     real = collect(eval_loader)
-    plain = replace(workload, preprocess=replace(workload.preprocess, flip=False))
-    others_loader = make_loader(plain, train_set, tuning, device, train=False, seed=0)
-    others = collect(others_loader)[: len(real)]
-    others_loader.close()
+    with closing(make_loader(workload, part(train_set, len(real)), tuning, device, train=False, seed=0)) as loader:
+        others = collect(loader)
     return {"real": round(sliced_wasserstein(others, real), 4), "untrained": round(evaluate().metric, 4)}
 
 
@@ -279,13 +322,17 @@ def train(
     emit: Emit,
     pictures: Path,
     references: Mapping[str, float],
-) -> None:
-    """Every epoch of the recipe with its evaluation; emits timing, throughput and accuracy after each."""
+) -> dict[str, float | None]:
+    """Every epoch of the recipe with its evaluation; returns the peaks of memory.
+
+    Emits timing, throughput and accuracy after each epoch.
+    """
     epochs = workload.recipe.epochs
     target = workload.target
     if workload.target_share is not None:
         target = references["real"] + workload.target_share * (references["untrained"] - references["real"])
     timing = Timing(device, emit)
+    memory = PeakMemory(device)
     curve: list[dict[str, Any]] = []
     eval_s_total = 0.0
     emit(stage="train", epochs=epochs, steps_per_epoch=loader.batches_per_epoch)
@@ -295,11 +342,15 @@ def train(
         def progress(done: int, loss: float, epoch: int = epoch) -> None:
             emit(progress={"epoch": epoch, "step": done, "loss": loss})
 
-        trained = train_epoch(step, loader.epoch(), clock, progress)
+        emit(timed=True)
+        with memory.during("train"):
+            trained = train_epoch(step, loader.epoch(), clock, progress)
+        emit(timed=False)
         timing.add(trained.images, trained.steps)
-        start = time.perf_counter()
-        evaluation = evaluate()
-        eval_s = time.perf_counter() - start
+        with memory.during("eval"):
+            start = time.perf_counter()
+            evaluation = evaluate()
+            eval_s = time.perf_counter() - start
         if not math.isfinite(evaluation.metric):
             raise Diverged(f"{workload.metric.name} {evaluation.metric} after epoch {epoch}")
         curve.append(curve_row(epoch, clock.total_s, eval_s, trained.loss, evaluation))
@@ -309,6 +360,7 @@ def train(
         emit(section="throughput", value={"eval_images_per_s": round(evaluation.images * len(curve) / eval_s_total, 3)})
         emit(section="accuracy", value=accuracy(workload, curve, target, references))
         emit(progress={"epoch": epoch, "step": trained.steps, "loss": trained.loss, "metric": evaluation.metric})
+    return memory.summary()
 
 
 def curve_row(epoch: int, train_s: float, eval_s: float, loss: float, evaluation: Evaluation) -> dict[str, Any]:
@@ -349,13 +401,13 @@ def accuracy(
     }
 
 
-def write_trace(path: Path, step: Step, loader: Loader, device: torch.device) -> None:
+def write_trace(path: Path, step: Step, batch: Batch, device: torch.device) -> None:
     """A profiler trace of a few further steps, after everything was measured, for chrome://tracing or Perfetto."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        for _, batch in zip(range(TRACED_STEPS), loader.epoch(), strict=False):
+        for _ in range(TRACED_STEPS):
             step(batch.images, batch.labels)
     profiler.export_chrome_trace(str(path))
 

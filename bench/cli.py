@@ -140,7 +140,7 @@ def run(
     save_machine(here, results)
     say(f"machine  {here['slug']}")
     root = data or prepared.default_root()
-    announce_data(sorted({workload.dataset for workload in chosen}), root)
+    hashes = announce_data(sorted({workload.dataset for workload in chosen}), root)
 
     cases = [
         Case(workload=workload.name, suite=suite.value, tuning=name, mode=mode.value, seed=seed)
@@ -148,7 +148,7 @@ def run(
         for name in tunings
         for _ in range(repeats)
     ]
-    done = held(load_all(results), here["slug"]) if resume else Counter()
+    done = held(load_all(results), here, hashes) if resume else Counter()
     records: list[Record] = []
     user_errors = False
     for number, case in enumerate(cases, 1):
@@ -169,32 +169,50 @@ def run(
         raise typer.Exit(2 if user_errors else 1)
 
 
-def announce_data(names: list[str], root: Path) -> None:
-    """Makes stand-ins for sets that are not there, checks every set's files, and says which is which."""
+def announce_data(names: list[str], root: Path) -> dict[str, dict[str, str]]:
+    """Makes stand-ins for sets that are not there, checks every set, and says which is which.
+
+    Returns, for each set, the SHA-256 of its splits as a record has it. UserError names a file that is not as its
+    manifest says: arrays are hashed here, and JPEGs whenever they are loaded.
+    """
     from .data import prepared
 
     stand_ins = False
+    hashes = {}
     for name in names:
         real = prepared.ensure(name, root)
         train, test = (prepared.load(name, split, root) for split in ("train", "test"))
+        if train.images is not None and (problems := prepared.verify(name, root)):
+            raise UserError(problems[0])
+        hashes[name] = {"train": train.sha256, "test": test.sha256}
         kind = f"real, {train.label}" if real else "synthetic stand-in"
         stand_ins |= not real
         say(f"data     {name}: {len(train):,} + {len(test):,} images, {kind}")
     if stand_ins:
         say("         accuracies on stand-ins say nothing about the real sets")
+    return hashes
 
 
-def held(records: list[Record], slug: str) -> "Counter[Any]":
-    """How many whole records of each case these results hold from this machine and this very code."""
+def held(records: list[Record], here: dict[str, Any], hashes: dict[str, dict[str, str]]) -> "Counter[Any]":
+    """How many whole records of each case these results hold, from this machine, versions, data and very code."""
+    from .data import weights
     from .workloads import Case
 
-    code = code_hash()
     fields = Case.__dataclass_fields__
-    return Counter(
-        Case(**{name: record["case"].get(name) for name in fields})
-        for record in records
-        if record["status"] == "ok" and record["machine"].get("slug") == slug and record.get("code") == code
-    )
+    missing_weights = "imagenet" if not weights.path().exists() else "random"
+    code = code_hash()
+
+    def counts(record: Record) -> bool:
+        data, machine = record.get("data") or {}, record["machine"]
+        return (
+            record["status"] == "ok"
+            and record.get("code") == code
+            and all(machine.get(name) == here[name] for name in ("slug", "versions"))
+            and hashes.get(str(data.get("name"))) == data.get("sha256")
+            and (record["case"].get("recipe") or {}).get("weights") != missing_weights
+        )
+
+    return Counter(Case(**{name: record["case"].get(name) for name in fields}) for record in records if counts(record))
 
 
 @app.command()

@@ -1,12 +1,13 @@
 """Timers and memory. The timing contract, version 1:
 
-- Warm-up, compilation and graph capture lie outside the timed region. Warm-up lasts until the step is steady: three
+- Warm-up and compilation lie outside the timed region. Warm-up lasts until the step is steady: three
   stretches of at least 50 ms in a row within 5 % of their median; a step that is not so within 10 s is recorded as not
   steady. After warm-up the weights, the optimizer, the loader and the random state start anew, so nothing learned in
   warm-up is timed as if it had been free.
 - Time is read around *blocks* of K steps: between CUDA events on a GPU, by the wall clock on a CPU. There is one
   synchronisation a block. A block begins where the one before it ended, so the blocks of an epoch tile it, and
-  whatever the loader or the host costs is inside. The wall clock of the whole epoch is recorded beside them.
+  whatever the loader or the host costs is inside: the start of a DataLoader's workers and DALI's first fill too. A
+  loader may fetch ahead across the border of epochs. The wall clock of the epoch is recorded beside them.
 - Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first epoch
   whose metric reaches the target, and exists only where the final metric reaches it too.
 - Raw block times are kept; medians, intervals and verdicts are derived later.
@@ -17,8 +18,10 @@
 import resource
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
+from typing import Literal
 
 import torch
 
@@ -105,16 +108,39 @@ class BlockClock:
         return lap
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+class PeakMemory:
+    """The peaks of memory in training and in evaluation, told apart, in MiB."""
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._peaks: dict[str, float] = {}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what warm-up left reserved is not this run's
 
-def peak_memory(device: torch.device) -> dict[str, float | None]:
-    """Peaks in MiB: what torch allocated and reserved since the last reset (None on a CPU), and the host's RSS."""
-    cuda = device.type == "cuda"
-    return {
-        "peak_allocated_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1) if cuda else None,
-        "peak_reserved_mib": round(torch.cuda.max_memory_reserved(device) / 2**20, 1) if cuda else None,
-        "host_rss_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
-    }
+    @contextmanager
+    def during(self, what: Literal["train", "eval"]) -> Iterator[None]:
+        """Adds what torch allocates and reserves while the block lasts to the peaks of `what`; nothing on a CPU."""
+        if self._device.type != "cuda":
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(self._device)
+        yield
+        found = {
+            "allocated": torch.cuda.max_memory_allocated(self._device),
+            "reserved": torch.cuda.max_memory_reserved(self._device),
+        }
+        for name, size in found.items():
+            key = f"{what} {name}"
+            self._peaks[key] = max(self._peaks.get(key, 0.0), round(size / 2**20, 1))
+
+    def summary(self) -> dict[str, float | None]:
+        """The record's figures; those of torch are None on a CPU.
+
+        `host_rss_peak_mib` is the process alone, since its start: a DataLoader's workers come on top of it.
+        """
+        return {
+            "peak_allocated_mib": self._peaks.get("train allocated"),
+            "peak_reserved_mib": self._peaks.get("train reserved"),
+            "eval_peak_allocated_mib": self._peaks.get("eval allocated"),
+            "host_rss_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
+        }

@@ -15,6 +15,7 @@ class Order:
     data: Path
     pictures: Path  # an empty folder for pictures, `<epoch>.webp` each
     started: float  # time.time() when the parent started the child
+    gpu: str | None = None  # the GPU's name where the machine has one: the case must not run without it
     compile_only: bool = False  # compile, say how long it took, and end
     trace: Path | None = None  # where to put a profiler trace
 

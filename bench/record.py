@@ -3,11 +3,13 @@
 A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id>.json`. Names carry their units.
 
     schema, id, created_utc
-    case        workload, suite, tuning, mode, seed, division, gpus, recipe (every setting that decides the work)
+    case        workload, suite, tuning, mode, seed, division, gpus, precision, tf32_convolutions, recipe (every setting
+                that decides the work)
     status      ok · oom · diverged · timeout · failed · killed · skipped; all but ok have a `reason`
     timing      timing_version, block_steps, block_s (raw), blocks_thinned_by, train_s, wall_s, steps, steady
     throughput  images_per_s, eval_images_per_s
-    memory      peak_allocated_mib, peak_reserved_mib, nvml_process_peak_mib, host_rss_peak_mib, limit_mib
+    memory      peak_allocated_mib, peak_reserved_mib (both in training), eval_peak_allocated_mib,
+                nvml_process_peak_mib, host_rss_peak_mib, limit_mib
     accuracy    metric, unit, higher_is_better, curve (a row an epoch), final, best, target, also_at_least, reached,
                 train_s_to_target, references (for generated images), pictures (with their hashes, where there are any)
     compile     cold_s, warm_s, cold_start_s, warm_start_s, recompiles
@@ -31,6 +33,7 @@ from .errors import UserError
 
 SCHEMA = 1
 LARGEST_BYTES = 16 * 1024
+FEWEST_BLOCKS = 20  # enough for a median and its interval
 STATUSES = ("ok", "oom", "diverged", "timeout", "failed", "killed", "skipped")
 SECTIONS = ("timing", "throughput", "memory", "accuracy", "compile", "gpu", "roofline", "data")
 # The sources that decide a measurement: what a case's process runs, and what its parent gives it.
@@ -100,11 +103,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _compact(record: Record) -> bytes:
-    """The record as JSON of at most 16 KiB: every second raw block is dropped until it fits, and it says so."""
+    """The record as JSON, of at most 16 KiB unless its curve alone is longer.
+
+    Every second raw block is dropped until it fits, or few are left, and `blocks_thinned_by` says so.
+    """
     while True:
         content = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         timing = record["timing"]
-        if len(content) <= LARGEST_BYTES or not timing or len(timing["block_s"]) < 2:
+        if len(content) <= LARGEST_BYTES or not timing or len(timing["block_s"]) < 2 * FEWEST_BLOCKS:
             return content
         thinned = timing | {"block_s": timing["block_s"][::2], "blocks_thinned_by": 2 * timing["blocks_thinned_by"]}
         record = record | {"timing": thinned}

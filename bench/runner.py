@@ -32,6 +32,7 @@ STALL_S = 1_200.0  # without a word from the child; the longest silence of a hea
 POLL_S = 0.5  # between two looks at whether a silent child is still there
 CHILD = (sys.executable, "-m", "netdyno.bench.child")
 TRACE = "trace.json.gz"
+COLD = "cold.json"  # in a compiler cache: the start that filled it, and the code
 STDERR = "stderr.txt"  # of a child that failed: its traceback
 STDERR_KEPT = 20_000  # characters
 # What a child sees unless the user's own environment says otherwise.
@@ -71,18 +72,19 @@ def run(
             data=data,
             pictures=Path(scratch),
             started=time.time(),
+            gpu=machine["gpu"],
             trace=Path(scratch) / TRACE if trace else None,
         )
         interrupted = False
         try:
-            if cache is not None and not (cache / "cold.json").exists() and case.mode != "loader":
-                measure_cold_start(order, cache, listen)
+            if cache is not None and case.mode != "loader" and read_cold_start(cache, record["code"]) is None:
+                measure_cold_start(order, cache, record["code"], listen)
             watch(order, record, cache, listen)
         except KeyboardInterrupt:
             interrupted = True
             record |= {"status": "killed", "reason": "interrupted"}
-        if cache is not None and (cache / "cold.json").exists() and record["compile"] is not None:
-            record["compile"] = json.loads((cache / "cold.json").read_text()) | record["compile"]
+        if cache is not None and record["compile"] is not None:
+            record["compile"] = (read_cold_start(cache, record["code"]) or {}) | record["compile"]
         keep_files(record, results, Path(scratch))
         save(record, results)
     if interrupted:
@@ -100,7 +102,16 @@ def compile_cache(case: Case, machine: dict[str, Any]) -> Path | None:
     return home / "netdyno" / "compile" / f"{case.workload}-{case.tuning}-{key}"
 
 
-def measure_cold_start(order: Order, cache: Path, listen: Listen) -> None:
+def read_cold_start(cache: Path, code: str) -> dict[str, float] | None:
+    """The times of the cold start that filled `cache`, if it was this very code that did."""
+    try:
+        kept = json.loads((cache / COLD).read_text())
+    except (OSError, ValueError):
+        return None
+    return kept["compile"] if kept["code"] == code else None
+
+
+def measure_cold_start(order: Order, cache: Path, code: str, listen: Listen) -> None:
     """Compiles with an empty cache in a child of its own and keeps the times beside the cache that it filled.
 
     A failure is not kept: the measured child meets it again and its record tells of it.
@@ -109,7 +120,7 @@ def measure_cold_start(order: Order, cache: Path, listen: Listen) -> None:
     cold: Record = {"compile": {}}
     watch(replace(order, compile_only=True, trace=None), cold, cache, listen)
     if cold.get("status") == "ok":
-        write_atomically(cache / "cold.json", json.dumps(cold["compile"]).encode())
+        write_atomically(cache / COLD, json.dumps({"code": code, "compile": cold["compile"]}).encode())
 
 
 def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> None:
@@ -208,8 +219,8 @@ def follow(child: subprocess.Popen[str], record: Record, sampler: Sampler, liste
             record[event["section"]] = (record.get(event["section"]) or {}) | event["value"]
         if "status" in event:
             record |= {"status": event["status"], "reason": event["reason"]}
-        if "stage" in event:
-            sampler.training = event["stage"] in ("train", "measure")
+        if "timed" in event:
+            sampler.training = event["timed"]
         listen(event)
 
 

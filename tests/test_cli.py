@@ -15,7 +15,7 @@ from netdyno.bench import cli, machine, runner, table
 from netdyno.bench.data import fetch, prepared, synthetic, weights
 from netdyno.bench.errors import UserError
 from netdyno.bench.record import load_all, new_record, path_of, save
-from netdyno.bench.workloads import Case, describe, names, resolve
+from netdyno.bench.workloads import Case, describe, find, names, resolve
 
 # A new option is a decision: settings of a case belong into bench/workloads.py and bench/tuning.py.
 COMMAND_LINE = """
@@ -78,7 +78,10 @@ class Runs:
             raise end
         accuracy = None if case.mode != "e2e" else make(1)["accuracy"]
         record = new_record(describe(case, resolve(case)), call["machine"])
-        record |= {name: make(1)[name] for name in ("timing", "throughput", "memory", "data")}
+        record |= {name: make(1)[name] for name in ("timing", "throughput", "memory")}
+        name = find(case.workload).dataset
+        hashes = {split: prepared.load(name, split, call["data"]).sha256 for split in ("train", "test")}
+        record["data"] = make(1)["data"] | {"name": name, "sha256": hashes}
         record |= {"status": "ok", "reason": None, "accuracy": accuracy}
         if end is not None:
             call["listen"](end)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from made_up_records import CPU, GPU, accuracy, make
 
-from netdyno.bench import calibration, cli, gate, verdicts
+from netdyno.bench import calibration, cli, gate, regress, verdicts
 from netdyno.bench.errors import UserError
 from netdyno.bench.record import path_of, save
 from netdyno.bench.regress import compare
@@ -131,6 +131,15 @@ def test_an_empty_folder_does_not_pass(netdyno: Any, results: Path, tmp_path: Pa
     ended = netdyno("gate", "new")
     assert ended.code == 3
     assert "there are no records to judge" in ended.out
+
+
+def test_a_comparison_without_a_verdict_that_decides_does_not_pass() -> None:
+    assert gate.exit_code(compare([], [])) == 3
+    everything = compare(session(20), session(7, first=30))
+    undecided = [row for row in everything.verdicts if not row.decides]
+    assert gate.exit_code(everything) == 0
+    assert [row.quantity for row in undecided] == ["compile, cold"]
+    assert gate.exit_code(regress.Comparison(verdicts=tuple(undecided))) == 3
 
 
 def test_records_of_another_machine_do_not_pass(netdyno: Any, results: Path, tmp_path: Path) -> None:

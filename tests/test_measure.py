@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from netdyno.bench import measure
-from netdyno.bench.measure import BlockClock, peak_memory, reset_peak_memory, warm_up
+from netdyno.bench.measure import BlockClock, PeakMemory, warm_up
 
 CPU = torch.device("cpu")
 RESULT = torch.zeros(())
@@ -126,13 +126,15 @@ def test_warm_up_gives_up_on_a_step_that_is_never_steady(clock_time: Time) -> No
 
 
 def test_memory_on_a_cpu_is_that_of_the_host() -> None:
-    reset_peak_memory(CPU)
-    before = peak_memory(CPU)["host_rss_peak_mib"]
+    memory = PeakMemory(CPU)
+    before = memory.summary()["host_rss_peak_mib"]
     assert before is not None
-    held = torch.ones(int(before) * 2**18 + 2**25)  # as many MiB again, and 128
-    after = peak_memory(CPU)
+    with memory.during("train"):
+        held = torch.ones(int(before) * 2**18 + 2**25)  # as many MiB again, and 128
+    after = memory.summary()
     assert after["peak_allocated_mib"] is None
     assert after["peak_reserved_mib"] is None
+    assert after["eval_peak_allocated_mib"] is None
     assert after["host_rss_peak_mib"] is not None
     assert after["host_rss_peak_mib"] >= held.nbytes / 2**20
 
@@ -154,10 +156,13 @@ def test_blocks_on_a_gpu_are_its_own_time() -> None:
 
 
 @pytest.mark.gpu
-def test_peaks_on_a_gpu_start_anew() -> None:
-    device = torch.device("cuda")
-    large = torch.empty(2**28, dtype=torch.uint8, device=device)
-    assert (peak_memory(device)["peak_allocated_mib"] or 0) >= 256
-    del large
-    reset_peak_memory(device)
-    assert (peak_memory(device)["peak_allocated_mib"] or 0) < 256
+def test_training_and_evaluation_have_their_own_peaks() -> None:
+    memory = PeakMemory(torch.device("cuda"))
+    before = torch.cuda.memory_allocated() / 2**20
+    for what, sizes in (("train", (64, 128, 32)), ("eval", (256, 16, 16))):
+        for size in sizes:
+            with memory.during(what):  # type: ignore[arg-type]
+                torch.empty(size * 2**20, dtype=torch.uint8, device="cuda")
+    found = memory.summary()
+    assert found["peak_allocated_mib"] == pytest.approx(before + 128, abs=1)
+    assert found["eval_peak_allocated_mib"] == pytest.approx(before + 256, abs=1)

@@ -104,7 +104,7 @@ def test_raw_blocks_are_thinned_until_the_record_fits(tmp_path: Path) -> None:
 
 
 def test_a_record_of_just_the_largest_size_stays_whole(tmp_path: Path) -> None:
-    made = make(1)
+    made = make(1, block_s=[0.1] * 64)
     made["reason"] = "x" * (LARGEST_BYTES - save(made, tmp_path).stat().st_size + len("null") - len('""'))
     assert save(made, tmp_path).stat().st_size == LARGEST_BYTES
     assert load(path_of(made, tmp_path))["timing"]["blocks_thinned_by"] == 1

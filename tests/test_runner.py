@@ -35,6 +35,7 @@ def emit(**event):
 
 def measure(images_per_s=1000.0):
     emit(stage="train", epochs=1, steps_per_epoch=2)
+    emit(timed=True)
     emit(section="timing", value={"block_s": [0.1, 0.2], "blocks_thinned_by": 1})
     emit(section="throughput", value={"images_per_s": images_per_s})
 
@@ -107,7 +108,7 @@ emit(section="memory", value={"host_rss_peak_mib": 10.0, "limit_mib": None})
     assert record["machine"] == MACHINE
     assert record["compile"] is record["gpu"] is None
     assert [*events[0]] == ["section", "value"]
-    assert len(events) == 7
+    assert len(events) == 8
 
 
 def test_the_child_gets_its_order(go: Any, tmp_path: Path) -> None:
@@ -320,7 +321,7 @@ def test_a_failed_run_keeps_what_nvml_saw(go: Any, used: FakeGpu) -> None:
 
 def test_the_card_is_read_during_training_alone(go: Any, used: FakeGpu) -> None:
     used.used_mib = 1.0
-    record = go("emit(stage='compile'); time.sleep(0.2); measure(); emit(stage='end'); time.sleep(0.2)")
+    record = go("emit(stage='compile'); time.sleep(0.2); measure(); emit(timed=False); time.sleep(0.2)")
     assert record["gpu"] is None or record["gpu"]["readings"] < 10
     assert record["memory"]["nvml_process_peak_mib"] == 1.0
 
