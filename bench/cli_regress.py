@@ -17,8 +17,8 @@ from .record import check_writable, write_atomically
 
 Results = Annotated[Path, typer.Option("--results", metavar="FOLDER", help="Where records and baselines are.")]
 New = Annotated[str, typer.Argument(metavar="NEW", help="A record, a folder of records, or a git commit.")]
-Pairs = Annotated[int, typer.Option(metavar="N", min=1, help="Pairs of runs at most.")]
-Minutes = Annotated[float, typer.Option(metavar="MINUTES", min=0, help="After which no new pair starts.")]
+Pairs = Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Pairs of runs at most.")]
+Minutes = Annotated[float, typer.Option("--budget", metavar="MINUTES", min=0, help="After which no new pair starts.")]
 Kept = Annotated[Path, typer.Option("--results", metavar="FOLDER", help="Where the records go.")]
 Data = Annotated[
     Path | None,
@@ -53,9 +53,9 @@ def compare(
 def gate(
     new: New,
     results: Results = Path("results"),
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="All verdicts, unrounded.")] = None,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="A test case for each verdict.")] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="A table for a comment.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="All verdicts, unrounded.")] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="A test case for each verdict.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", metavar="FILE", help="A table for a comment.")] = None,
 ) -> None:
     """Judge new records by the baseline, by exit code.
 
@@ -116,7 +116,8 @@ def bisect(
     case: Case,
     repeats: Pairs = 24,
     budget: Annotated[
-        float, typer.Option(metavar="MINUTES", min=0, help="For each commit, after which no new pair starts.")
+        float,
+        typer.Option("--budget", metavar="MINUTES", min=0, help="For each commit, after which no new pair starts."),
     ] = 60.0,
     results: Kept = Path("results/local/ab"),
     data: Data = None,
@@ -147,7 +148,9 @@ def contest(case: str, repeats: int, budget: float, results: Path, data: Path | 
 def history(
     case: Case,
     results: Results = Path("results"),
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, as SVG, PNG or PDF by its name.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, as SVG, PNG or PDF by its name.")
+    ] = None,
 ) -> None:
     """Show where the level of a case changed, and by which commit."""
     from . import history as histories
@@ -156,7 +159,7 @@ def history(
     if not found:
         raise UserError(f"no record in {results} is of case {case!r}; netdyno table shows what is there")
     steps = [histories.steps(series) for series in found]
-    codes = {str(record["code"]) for own in steps for step in own for record in (step.last, step.first)}
+    codes = {str(record.get("code")) for own in steps for step in own for record in (step.last, step.first)}
     commits = histories.commits_of(codes, Path()) if codes else {}
     for number, (series, own) in enumerate(zip(found, steps, strict=True)):
         causes = [histories.cause(step, commits, Path()) for step in own]

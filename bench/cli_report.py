@@ -36,10 +36,11 @@ def report(
         ReportFormat, typer.Option("--format", metavar="FORMAT", help="html, md, csv or parquet.")
     ] = ReportFormat.html,
     base: Annotated[
-        str | None, typer.Option(metavar="MACHINE", help="What others are compared with.  [default: the first GPU]")
+        str | None,
+        typer.Option("--base", metavar="MACHINE", help="What others are compared with.  [default: the first GPU]"),
     ] = None,
     prices: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A CSV file with the columns machine,usd_per_hour.")
+        Path | None, typer.Option("--prices", metavar="FILE", help="A CSV file with the columns machine,usd_per_hour.")
     ] = None,
 ) -> None:
     """Compare machines in one page, from their records."""
@@ -62,7 +63,7 @@ def report(
 
 def pack(
     machine: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Whose records.  [default: the only machine there]")
+        str | None, typer.Option("--machine", metavar="NAME", help="Whose records.  [default: the only machine there]")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="[default: named after the machine]")

@@ -54,6 +54,7 @@ class Played:
         (self.folder / "bench").mkdir(parents=True)
         self.order = folder / "order.jsonl"
         self.git("init", "--initial-branch", "main")
+        (self.folder / "bench" / "__init__.py").touch()
         (self.folder / "bench" / "__main__.py").write_text(PLAYED)
         (self.folder / "bench" / "record.json").write_text(json.dumps(make(1, accuracy=None)))
 
@@ -216,10 +217,11 @@ def test_bisect_names_the_commit(repository: Played, tmp_path: Path) -> None:
     assert not (repository.folder / ".git" / "BISECT_LOG").exists()
 
 
-def test_bisect_skips_commits_that_cannot_be_measured(repository: Played, tmp_path: Path) -> None:
+@pytest.mark.parametrize("speed", [None, 50])
+def test_bisect_skips_a_commit_that_cannot_be_measured(repository: Played, tmp_path: Path, speed: int | None) -> None:
+    """One that does not run, or runs out of memory, is not the one that made things slower."""
     good = repository.commit(1000)
-    repository.commit(None)
-    repository.commit(50)
+    repository.commit(speed)
     bad = repository.commit(930)
     found = bisect(good, bad, contest(tmp_path), silent)
     assert found.commit is None

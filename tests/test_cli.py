@@ -543,3 +543,13 @@ def test_data_commands_look_where_runs_do(netdyno: Any, tmp_path: Path, monkeypa
     assert netdyno("data", "list").out.startswith(f"{prepared.default_root()}\n")
     monkeypatch.setenv("NETDYNO_DATA", str(tmp_path / "mine"))
     assert netdyno("data", "list").out.startswith(f"{tmp_path / 'mine'}\n")
+
+
+def test_every_option_names_itself() -> None:
+    """typer up to 0.27 takes an option's metavar for its name where no name is given."""
+    found = re.findall(
+        r"typer\.Option\(\s*(\S+?)[,=)]",
+        "".join(path.read_text() for path in Path(cli.__file__).parent.glob("cli*.py")),
+    )
+    assert found
+    assert [name for name in found if not name.startswith('"--')] == []

@@ -78,6 +78,10 @@ def test_noise_has_no_steps(seed: int) -> None:
     assert found(noisy([(10, 1000, "a"), (10, 1000, "b"), (10, 1000, "c")], seed=seed, spread=0.02)) == []
 
 
+def test_a_change_below_the_floor_is_no_step() -> None:
+    assert found(noisy([(15, 1000, "a"), (15, 994, "b")], spread=1e-4)) == []
+
+
 def test_an_outlier_is_no_step() -> None:
     made = noisy([(15, 1000, "a"), (15, 1000, "b")])
     made[15] = run(15, 500.0, code="b")
@@ -132,6 +136,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return git("rev-parse", "HEAD")
 
     git("init", "--initial-branch", "main")
+    Path("bench", "__init__.py").touch()
     Path("bench", "record.py").write_text(HASHES)
     return commit
 
