@@ -108,7 +108,7 @@ def read_cold_start(cache: Path, code: str) -> dict[str, float] | None:
         kept = json.loads((cache / COLD).read_text())
     except (OSError, ValueError):
         return None
-    return kept["compile"] if kept["code"] == code else None
+    return kept["compile"] if kept.get("code") == code else None
 
 
 def measure_cold_start(order: Order, cache: Path, code: str, listen: Listen) -> None:
