@@ -1,7 +1,7 @@
 """How a workload is executed, and the policy that picks a precision for a GPU."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Capability = tuple[int, int] | None  # CUDA compute capability; None: a CPU
@@ -55,16 +55,7 @@ def eager(capability: Capability) -> Tuning:
 
 def t4(capability: Capability) -> Tuning:
     """The policy of a T4 (sm_75, 16 GB) on whatever GPU is there: fp16, gradient scaler, at most 14 GiB."""
-    return Tuning(
-        name="t4",
-        precision="fp16",
-        channels_last=True,
-        compile=True,
-        fused_optimizer=True,
-        loader="dali",
-        needs_gpu=True,
-        memory_limit_mib=14 * 1024,
-    )
+    return replace(tuned((7, 5)), name="t4", needs_gpu=True, memory_limit_mib=14 * 1024)
 
 
 TUNINGS: dict[str, Callable[[Capability], Tuning]] = {"tuned": tuned, "eager": eager, "t4": t4}
