@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -116,7 +117,7 @@ def ab(ref_a: str, ref_b: str, contest: Contest, report: Report, repository: Pat
 
     Records are kept in `contest.results`, in a folder of this contest. UserError where a commit can't run the case.
     """
-    folder = contest.results.absolute() / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{os.getpid()}"
+    folder = contest.results.absolute() / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
     folders = (folder / "a", folder / "b")
     end = time.monotonic() + contest.budget_s
     with checkout(ref_a, repository) as a, checkout(ref_b, repository) as b:
