@@ -164,7 +164,7 @@ def test_hostile_records_run_nothing_in_a_browser(tmp_path: Path) -> None:
             tab.click();
             await wait(300);
         }
-        await wait(500);
+        await until(() => document.querySelector(".main-svg"));
         return {
             images: document.querySelectorAll("img:not([src^='data:image/webp']), svg b, a").length,
             bold: document.querySelectorAll("main b, header b").length,
