@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
+from .capture import Captured
 from .data import baseline, dali, prepared, weights
 from .data.loader import Batch, Loader
 from .data.prepared import ImageSet
@@ -63,8 +64,10 @@ def run(order: Order, emit: Emit) -> None:
     emit(section="case", value=describe(case, workload) | describe_precision(tuning, device))
     emit(section="data", value=describe_data(train_set, eval_set, tuning))
 
+    place, eval_place = places(workload, train_set, eval_set, tuning, device)
+
     def train_loader() -> Loader:
-        return make_loader(workload, train_set, tuning, device, train=True, seed=case.seed)
+        return make_loader(workload, train_set, tuning, device, train=True, seed=case.seed, into=place)
 
     if case.mode == "loader":
         with closing(train_loader()) as loader:
@@ -77,7 +80,8 @@ def run(order: Order, emit: Emit) -> None:
     network.to(device)
     if tuning.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    loader, eval_loader = train_loader(), make_loader(workload, eval_set, tuning, device, train=False, seed=case.seed)
+    loader = train_loader()
+    eval_loader = make_loader(workload, eval_set, tuning, device, train=False, seed=case.seed, into=eval_place)
     step, players = make_step(workload, network, tuning, device, loader.batches_per_epoch * workload.recipe.epochs)
     evaluate = make_evaluation(workload, network, eval_loader, tuning, device)
 
@@ -85,7 +89,7 @@ def run(order: Order, emit: Emit) -> None:
     initial = {name: value.to("cpu", copy=True) for name, value in network.state_dict().items()}
     resident = Resident(loader)
     loader.close()
-    compile_s = first_calls(step, resident.batch, evaluate)
+    compile_s = first_calls(step, resident, evaluate)
     start_s = round(time.time() - order.started, 3)
     if order.compile_only:
         return emit(section="compile", value={"cold_s": compile_s, "cold_start_s": start_s})
@@ -97,7 +101,7 @@ def run(order: Order, emit: Emit) -> None:
         player.restart()
     references = references_of(workload, train_set, eval_loader, evaluate, tuning, device)
     torch.manual_seed(case.seed)
-    graphs = compiled_graphs()
+    graphs = new_graphs()
 
     if case.mode == "compute":
         memory = time_batches(workload, step, resident, device, emit)
@@ -107,10 +111,10 @@ def run(order: Order, emit: Emit) -> None:
     emit(section="timing", value={"steady": steady})
     emit(section="memory", value=memory | {"limit_mib": tuning.memory_limit_mib})
     if tuning.compile:
-        recompiles = compiled_graphs() - graphs
+        recompiles = new_graphs() - graphs
         emit(section="compile", value={"recompiles": recompiles})
         if recompiles:
-            emit(status="failed", reason=f"{recompiles} graphs were compiled again inside the timed region")
+            emit(status="failed", reason=f"{recompiles} graphs were compiled or captured inside the timed region")
     if order.trace is not None:
         write_trace(order.trace, step, resident.batch, device)
     eval_loader.close()
@@ -172,12 +176,22 @@ def build(workload: Workload, classes: int) -> tuple[Workload, nn.Module]:
 
 
 def make_loader(
-    workload: Workload, images: ImageSet, tuning: Tuning, device: torch.device, *, train: bool, seed: int
+    workload: Workload,
+    images: ImageSet,
+    tuning: Tuning,
+    device: torch.device,
+    *,
+    train: bool,
+    seed: int,
+    into: Batch | None = None,
 ) -> Loader:
-    """The tuning's loader: training batches in the network's precision, evaluation batches in fp32."""
+    """The tuning's loader: training batches in the network's precision, evaluation batches in fp32.
+
+    `into` is where the batches come, one of `places`; with None each has memory of its own.
+    """
     options: dict[str, Any] = {
         "preprocess": workload.preprocess,
-        "batch_size": workload.recipe.batch_size if train else min(workload.eval_batch_size, len(images)),
+        "batch_size": workload.recipe.batch_size if train else eval_batch_size(workload, images),
         "train": train,
         "seed": seed,
         "device": device,
@@ -186,12 +200,39 @@ def make_loader(
     }
     if tuning.loader == "dali":
         module: Any = dali
+        options["into"] = into
     else:
         module = baseline
         options["workers"] = min(BASELINE_WORKERS, len(os.sched_getaffinity(0)))
     if images.images is not None:
         return module.array_loader(images.images, images.labels, **options)
     return module.jpeg_loader(images.files, images.labels, **options)
+
+
+def eval_batch_size(workload: Workload, eval_set: ImageSet) -> int:
+    return min(workload.eval_batch_size, len(eval_set))
+
+
+def places(
+    workload: Workload, train_set: ImageSet, eval_set: ImageSet, tuning: Tuning, device: torch.device
+) -> tuple[Batch | None, Batch | None]:
+    """Where batches of training and of evaluation come for captured graphs, which read the same memory each time."""
+    if not tuning.capture:
+        return None, None
+
+    def place(images: ImageSet, batch_size: int, batches: int, dtype: torch.dtype) -> Batch:
+        side, channels = workload.preprocess.image_size, len(workload.preprocess.mean)
+        height, width = (side, side) if images.images is None else images.images.shape[1:3]
+        rows = batches * batch_size
+        pixels = torch.empty(rows, height, width, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
+        return Batch(pixels, torch.empty(rows, dtype=torch.int64, device=device), rows, batches)
+
+    batch_size = workload.recipe.batch_size
+    at_once = 1 if train_set.images is None else dali.batches_at_once(train_set.images, batch_size)
+    return (
+        place(train_set, batch_size, at_once, DTYPES[tuning.precision]),
+        place(eval_set, eval_batch_size(workload, eval_set), 1, torch.float32),
+    )
 
 
 def describe_data(train_set: ImageSet, eval_set: ImageSet, tuning: Tuning) -> dict[str, Any]:
@@ -205,35 +246,45 @@ def describe_data(train_set: ImageSet, eval_set: ImageSet, tuning: Tuning) -> di
     }
 
 
-def first_calls(step: Step, batch: Batch, evaluate: Evaluate) -> float:
-    """The seconds by which the first step and evaluation, in which they are compiled, outlast the second ones."""
+class Resident:
+    """A loader's first batches, which stay on the device and come as often as the loader has batches."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.batches_per_epoch = loader.batches_per_epoch
+        self.images_per_epoch = loader.images_per_epoch
+        self.batches_at_once = loader.batches_at_once
+        self.batch = next(iter(loader.epoch()))
+
+    def epoch(self) -> Iterator[Batch]:
+        whole, rest = divmod(self.batches_per_epoch, self.batches_at_once)
+        yield from repeat(self.batch, whole)
+        if rest:
+            yield self.batch.first(rest)
+
+    def close(self) -> None:
+        """Nothing to close: the loader belongs to the caller."""
+
+
+def first_calls(step: Step, resident: Resident, evaluate: Evaluate) -> float:
+    """The seconds by which the first steps and evaluation, which compile and capture, outlast the second ones.
+
+    The steps are one of each form in which an epoch has them: so many batches at once, and the fewer of its end.
+    """
+    forms = {batch.batches: batch for batch in resident.epoch()}
 
     def both() -> float:
         start = time.perf_counter()
-        step(batch.images, batch.labels).item()
+        for batch in forms.values():
+            step(batch.images, batch.labels).item()
         evaluate()
         return time.perf_counter() - start
 
     return round(both() - both(), 3)
 
 
-def compiled_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-class Resident:
-    """A loader's first batch, which stays on the device and comes as often as the loader has batches."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.batches_per_epoch = loader.batches_per_epoch
-        self.images_per_epoch = loader.images_per_epoch
-        self.batch = next(iter(loader.epoch()))
-
-    def epoch(self) -> Iterator[Batch]:
-        return repeat(self.batch, self.batches_per_epoch)
-
-    def close(self) -> None:
-        """Nothing to close: the loader belongs to the caller."""
+def new_graphs() -> int:
+    """Graphs compiled or captured so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] + Captured.graphs
 
 
 class Timing:
@@ -244,8 +295,8 @@ class Timing:
         self._clocks: list[BlockClock] = []
         self._images = self._steps = 0
 
-    def clock(self, steps: int) -> BlockClock:
-        self._clocks.append(BlockClock(self._device, steps))
+    def clock(self, loader: Loader) -> BlockClock:
+        self._clocks.append(BlockClock(self._device, loader.batches_per_epoch, loader.batches_at_once))
         return self._clocks[-1]
 
     def add(self, images: int, steps: int) -> None:
@@ -274,10 +325,10 @@ def time_batches(
         Diverged: the last result is not finite.
     """
     timing = Timing(device, emit)
-    memory = PeakMemory(device)
+    memory = PeakMemory(device, Captured.peak_bytes)
     emit(stage="measure", epochs=workload.recipe.epochs, steps_per_epoch=loader.batches_per_epoch)
     for epoch in range(1, workload.recipe.epochs + 1):
-        clock = timing.clock(loader.batches_per_epoch)
+        clock = timing.clock(loader)
         images = steps = 0
         emit(timed=True)
         with memory.during("train"):
@@ -285,8 +336,8 @@ def time_batches(
             for batch in loader.epoch():
                 result = step(batch.images, batch.labels)
                 images += len(batch.images)
-                steps += 1
-                if clock.step():
+                steps += batch.batches
+                if clock.step(batch.batches):
                     emit(progress={"epoch": epoch, "step": steps})
             clock.stop()
         emit(timed=False)
@@ -332,12 +383,12 @@ def train(
     if workload.target_share is not None:
         target = references["real"] + workload.target_share * (references["untrained"] - references["real"])
     timing = Timing(device, emit)
-    memory = PeakMemory(device)
+    memory = PeakMemory(device, Captured.peak_bytes)
     curve: list[dict[str, Any]] = []
     eval_s_total = 0.0
     emit(stage="train", epochs=epochs, steps_per_epoch=loader.batches_per_epoch)
     for epoch in range(1, epochs + 1):
-        clock = timing.clock(loader.batches_per_epoch)
+        clock = timing.clock(loader)
 
         def progress(done: int, loss: float, epoch: int = epoch) -> None:
             emit(progress={"epoch": epoch, "step": done, "loss": loss})
@@ -429,6 +480,8 @@ def main() -> None:
         except Diverged as error:
             emit(status="diverged", reason=str(error))
         except torch.cuda.OutOfMemoryError as error:
+            peak = round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_available() else None
+            emit(section="memory", value={"peak_allocated_mib": peak})
             emit(status="oom", reason=first_line(error))
         except Exception as error:
             traceback.print_exc()

@@ -31,6 +31,7 @@ class Suite(str, Enum):
 class TuningName(str, Enum):
     tuned = "tuned"
     eager = "eager"
+    fp32 = "fp32"
     t4 = "t4"
 
 
@@ -49,7 +50,7 @@ class Format(str, Enum):
 SUITE_TUNINGS = {
     Suite.quick: [TuningName.tuned],
     Suite.full: [TuningName.tuned, TuningName.eager],
-    Suite.source: [TuningName.eager],
+    Suite.source: [TuningName.fp32],
 }
 
 DataOption = Annotated[
@@ -97,8 +98,8 @@ def run(
         typer.Option(
             "--tuning",
             metavar="TUNING",
-            help="tuned: all that makes it fast; eager: what people write first; t4: as on a T4. May be given more"
-            " than once.  [default: tuned; full: tuned and eager; source: eager]",
+            help="tuned: all that makes it fast; eager: what people write first; fp32: tuned without mixed precision;"
+            " t4: as on a T4. May be given more than once.  [default: tuned; full: tuned and eager; source: fp32]",
         ),
     ] = None,
     mode: Annotated[

@@ -5,11 +5,15 @@
   steady. After warm-up the weights, the optimizer, the loader and the random state start anew, so nothing learned in
   warm-up is timed as if it had been free.
 - Time is read around *blocks* of K steps: between CUDA events on a GPU, by the wall clock on a CPU. There is one
-  synchronisation a block. A block begins where the one before it ended, so the blocks of an epoch tile it, and
-  whatever the loader or the host costs is inside: the start of a DataLoader's workers and DALI's first fill too. A
-  loader may fetch ahead across the border of epochs. The wall clock of the epoch is recorded beside them.
+  synchronisation a block, for the end of the block before it, so that the device never waits for the host to ask. A
+  block begins where the one before it ended, so the blocks of an epoch tile it, and whatever the loader or the host
+  costs is inside: the start of a DataLoader's workers and DALI's first fill too. A loader may fetch ahead across the
+  border of epochs. Where several steps are one CUDA graph, a block is a whole number of replays. The wall clock of the
+  epoch is recorded beside them.
 - Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first epoch
   whose metric reaches the target, and exists only where the final metric reaches it too.
+- Peak memory is that of torch's allocations in training; what a captured step allocated while it was captured counts,
+  since its replays use that memory.
 - Raw block times are kept; medians, intervals and verdicts are derived later.
 - Images per second counts images that were really trained on, once each, over the time of exactly those steps.
 - Records whose `timing_version` differs are never compared. Version 1 counted evaluation and warm-up in peak memory, an
@@ -19,10 +23,11 @@
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -59,62 +64,68 @@ def warm_up(step: Callable[[], torch.Tensor]) -> bool:
 class BlockClock:
     """Times one stretch of steps in blocks of `block_steps`, as the timing contract above says.
 
-    `block_s` holds the seconds of each full block, `total_s` those of all steps, `wall_s` the same by the host's clock.
+    After `stop`, `block_s` holds the seconds of each full block, `total_s` those of all steps, `wall_s` the same by the
+    host's clock. `steps_at_once` steps come at a time, but for fewer at the end.
     """
 
-    def __init__(self, device: torch.device, steps: int) -> None:
-        self.block_steps = max(1, steps // BLOCKS_PER_EPOCH)
+    def __init__(self, device: torch.device, steps: int, steps_at_once: int = 1) -> None:
+        self.block_steps = steps_at_once * max(1, steps // steps_at_once // BLOCKS_PER_EPOCH)
         self.block_s: list[float] = []
         self.total_s = 0.0
         self.wall_s = 0.0
         self._cuda = device.type == "cuda"
         self._steps = 0
-        self._last = self._start = 0.0
-        self._event: torch.cuda.Event | None = None
+        self._start = 0.0
+        self._marks: list[Any] = []  # of the start and the end of each block: CUDA events, or seconds
 
     def start(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
-            self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record()
-        self._start = self._last = time.perf_counter()
+        self._start = time.perf_counter()
+        self._mark()
 
-    def step(self) -> bool:
-        """Counts one step; True when it closed a block, with the device idle at that moment."""
-        self._steps += 1
+    def step(self, steps: int = 1) -> bool:
+        """Counts steps; True when they closed a block, and then the block before that one is done on the device."""
+        self._steps += steps
         if self._steps % self.block_steps:
             return False
-        self.block_s.append(self._lap())
+        self._mark()
+        if self._cuda:
+            self._marks[-2].synchronize()
         return True
 
     def stop(self) -> None:
+        whole = len(self._marks)
         if self._steps % self.block_steps:
-            self._lap()
-        self.wall_s = time.perf_counter() - self._start
-
-    def _lap(self) -> float:
-        """Seconds since the last lap, by the device's clock."""
+            self._mark()
         if self._cuda:
-            end = torch.cuda.Event(enable_timing=True)
-            end.record()
-            end.synchronize()
-            assert self._event is not None
-            lap = self._event.elapsed_time(end) / 1e3
-            self._event = end
+            self._marks[-1].synchronize()
+        self.wall_s = time.perf_counter() - self._start
+        laps = [self._seconds(one, two) for one, two in pairwise(self._marks)]
+        self.block_s = laps[: whole - 1]
+        self.total_s = sum(laps)
+
+    def _mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
         else:
-            now = time.perf_counter()
-            lap = now - self._last
-            self._last = now
-        self.total_s += lap
-        return lap
+            self._marks.append(time.perf_counter())
+
+    def _seconds(self, one: Any, two: Any) -> float:
+        return one.elapsed_time(two) / 1e3 if self._cuda else two - one
 
 
 class PeakMemory:
-    """The peaks of memory in training and in evaluation, told apart, in MiB."""
+    """The peaks of memory in training and in evaluation, told apart, in MiB.
 
-    def __init__(self, device: torch.device) -> None:
+    `captured`, in bytes by what they were reached in, are those of captured graphs, which replays do not show.
+    """
+
+    def __init__(self, device: torch.device, captured: Mapping[str, int] | None = None) -> None:
         self._device = device
-        self._peaks: dict[str, float] = {}
+        self._peaks = {f"{what} allocated": _mib(size) for what, size in (captured or {}).items()}
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what warm-up left reserved is not this run's
 
@@ -132,7 +143,7 @@ class PeakMemory:
         }
         for name, size in found.items():
             key = f"{what} {name}"
-            self._peaks[key] = max(self._peaks.get(key, 0.0), round(size / 2**20, 1))
+            self._peaks[key] = max(self._peaks.get(key, 0.0), _mib(size))
 
     def summary(self) -> dict[str, float | None]:
         """The record's figures; those of torch are None on a CPU.
@@ -145,3 +156,7 @@ class PeakMemory:
             "eval_peak_allocated_mib": self._peaks.get("eval allocated"),
             "host_rss_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
         }
+
+
+def _mib(size: int) -> float:
+    return round(size / 2**20, 1)

@@ -38,7 +38,10 @@ STATUSES = ("ok", "oom", "diverged", "timeout", "failed", "killed", "skipped")
 SECTIONS = ("timing", "throughput", "memory", "accuracy", "compile", "gpu", "roofline", "data")
 # The sources that decide a measurement: what a case's process runs, and what its parent gives it.
 MEASURES: tuple[str, ...] = (
-    *(f"bench/{name}.py" for name in ("child", "gpu", "measure", "metrics", "order", "runner", "step", "train")),
+    *(
+        f"bench/{name}.py"
+        for name in ("capture", "child", "gpu", "measure", "metrics", "order", "runner", "step", "train")
+    ),
     *("bench/tuning.py", "bench/workloads.py", "bench/data", "kernels", "models"),
 )
 

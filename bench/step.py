@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..models.dcgan import LATENT
+from .capture import Captured
 from .tuning import Tuning
 from .workloads import Recipe, Workload
 
-Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # images, labels → loss, on the device
+# images and labels of n batches, one behind the other → the sum of their n losses, on the device
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 REAL_LABEL = 0.9  # one-sided label smoothing of 0.1 (Salimans et al. 2016)
 RISE = 0.3  # of a one-cycle run, in which the learning rate rises from START of its peak
@@ -21,31 +23,47 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Player:
-    """Trained parameters with their optimizer, schedule and (fp16) gradient scaler. A GAN has two, the others one."""
+    """Trained parameters with their optimizer, schedule and (fp16) gradient scaler. A GAN has two, the others one.
+
+    Under capture the learning rates are on the device, since a graph repeats what the host did while it was captured.
+    """
 
     def __init__(self, network: nn.Module, recipe: Recipe, tuning: Tuning, device: torch.device, steps: int) -> None:
-        self._parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self._recipe, self._tuning, self._device, self._steps = recipe, tuning, device, steps
-        self.restart()
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(parameters, recipe, tuning)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=tuning.precision == "fp16")
+        self._new_scaler = self.scaler.state_dict()
+        self._captured = tuning.capture
+        where = device if tuning.capture else torch.device("cpu")
+        shares = [one_cycle(step / steps) for step in range(steps + 1)] if recipe.schedule == "one-cycle" else [1.0]
+        self._rates = recipe.learning_rate * torch.tensor(shares, dtype=torch.float64).to(where, torch.float32)
+        self._done = torch.zeros(1, dtype=torch.int64, device=where)  # steps, until the schedule ends
+        self._ahead: list[Any] = []
 
     def restart(self) -> None:
-        """A fresh optimizer, schedule and scaler over the same parameters."""
-        recipe = self._recipe
-        self.optimizer = make_optimizer(self._parameters, recipe, fused=self._tuning.fused_optimizer)
-        self.schedule = (
-            torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: one_cycle(step / self._steps))
-            if recipe.schedule == "one-cycle"
-            else None
-        )
-        self.scaler = torch.amp.GradScaler(self._device.type, enabled=self._tuning.precision == "fp16")
+        """Optimizer, schedule and scaler as at the start, in the same memory: a graph may hold it."""
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+        self.scaler.load_state_dict(self._new_scaler)
+        self._done.zero_()
+
+    def begin(self, steps: int) -> None:
+        """Looks up the learning rates of the next `steps` updates."""
+        ahead = (self._done + torch.arange(steps, device=self._done.device)).clamp_(max=len(self._rates) - 1)
+        rates = self._rates[ahead]
+        self._ahead = list(rates.unbind()) if self._captured else rates.tolist()
+        self._done.add_(steps).clamp_(max=len(self._rates) - 1)
 
     def update(self, loss: torch.Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._ahead[0]
+        self._ahead = self._ahead[1:]
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.schedule is not None:
-            self.schedule.step()
 
 
 def one_cycle(progress: float) -> float:
@@ -58,16 +76,16 @@ def one_cycle(progress: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (min(progress, 1.0) - RISE) / (1 - RISE))
 
 
-def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, *, fused: bool) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tuning) -> torch.optim.Optimizer:
     """The recipe's optimizer; RMSprop has no fused form and takes the default one (ρ 0.9, as its source has it)."""
     common: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, alpha=0.9, **common)
-    common["fused"] = fused or None
+        return torch.optim.RMSprop(parameters, alpha=0.9, capturable=tuning.capture, **common)
+    common["fused"] = tuning.fused_optimizer or None
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, betas=(recipe.momentum, 0.999), **common)
+        return torch.optim.Adam(parameters, betas=(recipe.momentum, 0.999), capturable=tuning.capture, **common)
     sgd = torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
-    if fused and recipe.momentum:
+    if tuning.fused_optimizer and recipe.momentum:
         # torch 2.11 leaves the buffers of a fused first step unwritten when the scaler skips that step, as it does with
         # fp16 more often than not, and then goes on from whatever lay there. From zeros the first step is the same.
         for parameter in parameters:
@@ -92,9 +110,27 @@ def execute(function: Callable[..., torch.Tensor], tuning: Tuning, device: torch
 def make_step(
     workload: Workload, network: nn.Module, tuning: Tuning, device: torch.device, steps: int
 ) -> tuple[Step, list[Player]]:
-    """The step that trains `network` on one batch, and the players that it updates; `steps` is the run's length."""
-    if workload.objective == "adversarial":
-        return _adversarial_step(workload, network, tuning, device, steps)
+    """The step that trains `network` on one batch after the other, and the players that it updates.
+
+    `steps` is the run's length. Under capture the step is a `Captured`, one graph of all its batches.
+    """
+    make = _adversarial_step if workload.objective == "adversarial" else _plain_step
+    one_batch, players = make(workload, network, tuning, device, steps)
+
+    def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        batches = list(zip(*(rows.split(workload.recipe.batch_size) for rows in (images, labels)), strict=True))
+        for player in players:
+            player.begin(len(batches))
+        losses = [one_batch(*batch) for batch in batches]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    return Captured(step, "train") if tuning.capture else step, players
+
+
+def _plain_step(
+    workload: Workload, network: nn.Module, tuning: Tuning, device: torch.device, steps: int
+) -> tuple[Step, list[Player]]:
+    """One update of one network by one loss."""
     player = Player(network, workload.recipe, tuning, device, steps)
 
     def classification_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """One epoch of training and one evaluation, as plain functions."""
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -8,6 +10,7 @@ from torch import nn
 from torchvision.utils import make_grid
 
 from ..models.dcgan import LATENT
+from .capture import Captured
 from .data.loader import Batch, Loader
 from .measure import BlockClock
 from .metrics import psnr, sliced_wasserstein, ssim
@@ -46,29 +49,39 @@ Evaluate = Callable[[], Evaluation]
 def train_epoch(
     step: Step, batches: Iterable[Batch], clock: BlockClock, progress: Callable[[int, float], None]
 ) -> Trained:
-    """Trains on every batch, timed by `clock`; calls `progress(steps done, loss)` at the end of each block.
+    """Trains on every batch, timed by `clock`; calls `progress(steps, loss)` for each block, two blocks later.
 
-    Raises `Diverged` at the first block whose loss is not finite.
+    The loss of a block is that of its last batches. Raises `Diverged` where one of them, or in the end the mean of all,
+    is not finite.
     """
     images = steps = 0
     total: torch.Tensor | None = None
+    on_the_way: deque[tuple[int, torch.Tensor]] = deque()
     clock.start()
     for batch in batches:
         loss = step(batch.images, batch.labels)
         total = loss.clone() if total is None else total.add_(loss)
         images += len(batch.images)
-        steps += 1
-        if clock.step():  # the device is idle here, so that reading the loss waits for nothing
-            value = loss.item()
-            if value != value or value in (float("inf"), float("-inf")):
-                raise Diverged(f"training loss {value} after {steps} steps")
-            progress(steps, value)
+        steps += batch.batches
+        if clock.step(batch.batches):
+            if len(on_the_way) == 2:  # the copy was asked for before the block that is done by now
+                progress(*_checked(*on_the_way.popleft()))
+            on_the_way.append((steps, _to_host(loss / batch.batches)))
     clock.stop()
     assert total is not None, "an epoch without a batch"
-    mean = total.item() / steps
-    if not torch.isfinite(torch.tensor(mean)):
-        raise Diverged(f"training loss {mean} in an epoch of {steps} steps")
-    return Trained(mean, images, steps)
+    return Trained(_checked(steps, total / steps)[1], images, steps)
+
+
+def _to_host(value: torch.Tensor) -> torch.Tensor:
+    """A copy on its way to the host, which does not wait for it."""
+    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+
+
+def _checked(steps: int, loss: torch.Tensor) -> tuple[int, float]:
+    value = loss.item()
+    if not math.isfinite(value):
+        raise Diverged(f"training loss {value} after {steps} steps")
+    return steps, value
 
 
 def make_evaluation(
@@ -83,14 +96,18 @@ def _classification(network: nn.Module, loader: Loader, tuning: Tuning, device: 
     """Share of right answers, in %."""
     logits_of = execute(network, tuning, device)
 
+    def are_right(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return logits_of(images).argmax(dim=1) == labels
+
+    judge = Captured(are_right, "eval") if tuning.capture else are_right
+
     @torch.no_grad()
     def evaluate() -> Evaluation:
         network.eval()
         right = torch.zeros((), dtype=torch.int64, device=device)
         images = 0
         for batch in loader.epoch():
-            guesses = logits_of(batch.images).argmax(dim=1)
-            right += (guesses == batch.labels)[: batch.valid].sum()
+            right += judge(batch.images, batch.labels)[: batch.valid].sum()
             images += batch.valid
         network.train()
         return Evaluation(100.0 * right.item() / images, {}, images, None)
@@ -100,7 +117,13 @@ def _classification(network: nn.Module, loader: Loader, tuning: Tuning, device: 
 
 def _reconstruction(network: nn.Module, loader: Loader, tuning: Tuning, device: torch.device) -> Evaluate:
     """PSNR in dB and SSIM, each averaged over the images; the picture shows originals above reconstructions."""
-    rebuild = execute(network, tuning, device)
+    network_of = execute(network, tuning, device)
+
+    def rebuild_and_judge(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rebuilt, truth = network_of(images).float(), images.float()
+        return rebuilt, torch.stack([psnr(rebuilt, truth), ssim(rebuilt, truth)])
+
+    judge = Captured(rebuild_and_judge, "eval") if tuning.capture else rebuild_and_judge
 
     @torch.no_grad()
     def evaluate() -> Evaluation:
@@ -109,13 +132,12 @@ def _reconstruction(network: nn.Module, loader: Loader, tuning: Tuning, device: 
         images = 0
         picture = None
         for batch in loader.epoch():
-            rebuilt = rebuild(batch.images).float()
-            truth = batch.images.float()
-            totals += torch.stack([psnr(rebuilt, truth)[: batch.valid], ssim(rebuilt, truth)[: batch.valid]]).sum(1)
+            rebuilt, values = judge(batch.images)
+            totals += values[:, : batch.valid].sum(1)
             images += batch.valid
             if picture is None:
                 few = min(PICTURED // 2, batch.valid)
-                picture = make_grid(torch.cat([truth[:few], rebuilt[:few].clamp(0, 1)]), nrow=few)
+                picture = make_grid(torch.cat([batch.images[:few], rebuilt[:few].clamp(0, 1)]), nrow=few)
         network.train()
         mean_psnr, mean_ssim = (totals / images).tolist()
         return Evaluation(mean_psnr, {"ssim": mean_ssim}, images, picture)
@@ -147,4 +169,4 @@ def _generation(network: nn.Module, loader: Loader, tuning: Tuning, device: torc
 
 def collect(loader: Loader) -> torch.Tensor:
     """All images of one epoch, without padding: float32 [N, C, H, W]."""
-    return torch.cat([batch.images[: batch.valid].float() for batch in loader.epoch()])
+    return torch.cat([batch.images[: batch.valid].to(torch.float32, copy=True) for batch in loader.epoch()])

@@ -16,6 +16,7 @@ class Tuning:
     channels_last: bool
     compile: bool
     fused_optimizer: bool
+    capture: bool  # the whole step, and many of them at a time, as one CUDA graph
     loader: Literal["dali", "torch"]
     needs_gpu: bool = False
     memory_limit_mib: int | None = None  # the run counts as out of memory when the process peak (NVML) is above
@@ -30,13 +31,14 @@ def precision_for(capability: Capability) -> Literal["bf16", "fp16"]:
 
 
 def tuned(capability: Capability) -> Tuning:
-    """The default: mixed precision, channels last, one compiled graph, fused optimizer, DALI."""
+    """The default: mixed precision, channels last, one compiled graph, fused optimizer, captured on a GPU, DALI."""
     return Tuning(
         name="tuned",
         precision=precision_for(capability),
         channels_last=True,
         compile=True,
         fused_optimizer=True,
+        capture=capability is not None,
         loader="dali",
     )
 
@@ -49,8 +51,14 @@ def eager(capability: Capability) -> Tuning:
         channels_last=False,
         compile=False,
         fused_optimizer=False,
+        capture=False,
         loader="torch",
     )
+
+
+def fp32(capability: Capability) -> Tuning:
+    """`tuned` without mixed precision: what AMP gains, and how the source recipes are run for their accuracy."""
+    return replace(tuned(capability), name="fp32", precision="fp32")
 
 
 def t4(capability: Capability) -> Tuning:
@@ -58,4 +66,4 @@ def t4(capability: Capability) -> Tuning:
     return replace(tuned((7, 5)), name="t4", needs_gpu=True, memory_limit_mib=14 * 1024)
 
 
-TUNINGS: dict[str, Callable[[Capability], Tuning]] = {"tuned": tuned, "eager": eager, "t4": t4}
+TUNINGS: dict[str, Callable[[Capability], Tuning]] = {"tuned": tuned, "eager": eager, "fp32": fp32, "t4": t4}

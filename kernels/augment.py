@@ -99,10 +99,17 @@ def augment_triton(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`augment_reference` as one kernel; equal to it within a rounding of float32, then of `dtype`."""
+    """`augment_reference` as one kernel; equal to it within a rounding of float32, then of `dtype`.
+
+    out: where the result goes, [B, C, H, W] of `dtype`, channels last; None: new memory.
+    """
     _, h, w, c = images.shape
-    out = torch.empty(len(index), h, w, c, dtype=dtype, device=images.device)
+    if out is None:
+        out = torch.empty(len(index), h, w, c, dtype=dtype, device=images.device).permute(0, 3, 1, 2)
+    if out.shape != (len(index), c, h, w) or out.dtype != dtype or not out.permute(0, 2, 3, 1).is_contiguous():
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, stride {out.stride()}: no place for the result")
     grid = (len(index), triton.cdiv(h * w * c, BLOCK))
     with torch.cuda.device_of(images):
         augment_kernel[grid](
@@ -118,7 +125,7 @@ def augment_triton(
             C=c,
             BLOCK=BLOCK,
         )
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
 def augment(
@@ -129,7 +136,10 @@ def augment(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`augment_reference` (see there), by the Triton kernel on CUDA."""
-    run = augment_triton if images.is_cuda else augment_reference
-    return run(images, index, shift, flip, mean, std, dtype)
+    """`augment_reference` (see there), by the Triton kernel on CUDA; into `out`, if given (see `augment_triton`)."""
+    if images.is_cuda:
+        return augment_triton(images, index, shift, flip, mean, std, dtype, out)
+    result = augment_reference(images, index, shift, flip, mean, std, dtype)
+    return result if out is None else out.copy_(result)

@@ -10,20 +10,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from netdyno.bench import child, machine, runner
+from netdyno.bench import child, machine, runner, step, train
 from netdyno.bench import record as records
-from netdyno.bench.data import synthetic
+from netdyno.bench.data import dali, synthetic
 from netdyno.bench.data.loader import Batch
 from netdyno.bench.order import Order
 from netdyno.bench.train import Evaluation
-from netdyno.bench.tuning import TUNINGS
+from netdyno.bench.tuning import TUNINGS, tuned
 from netdyno.bench.workloads import Case, Workload, conv_autoencoder, dcgan, describe, mnist_cnn, quick, resolve
 
 CPU = torch.device("cpu")
@@ -190,10 +190,10 @@ def test_a_case_that_compiles_tells_its_compile_times(measure: Any, monkeypatch:
 def test_a_graph_that_is_compiled_again_fails_the_run(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     without_compiler(monkeypatch)
     counts = iter([3, 5])
-    monkeypatch.setattr(child, "compiled_graphs", lambda: next(counts))
+    monkeypatch.setattr(child, "new_graphs", lambda: next(counts))
     found, events = measure(replace(EAGER, tuning="tuned"))
     [told] = [event for event in events if "status" in event]
-    assert told == {"status": "failed", "reason": "2 graphs were compiled again inside the timed region"}
+    assert told == {"status": "failed", "reason": "2 graphs were compiled or captured inside the timed region"}
     assert found["compile"]["recompiles"] == 2
     assert found["throughput"]["images_per_s"] > 0
 
@@ -212,6 +212,69 @@ def test_a_trace_is_written(measure: Any, tmp_path: Path) -> None:
     with gzip.open(tmp_path / "trace.json.gz") as file:
         assert json.load(file)["traceEvents"]
     assert found["timing"]["steps"] == 4  # the traced steps are none of the measured ones
+
+
+def with_recipe(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    def changed(case: Case) -> Workload:
+        workload = resolve(case)
+        return replace(workload, recipe=replace(workload.recipe, **changes))
+
+    monkeypatch.setattr(child, "resolve", changed)
+
+
+# several steps at a time, as captured graphs take them
+
+
+def replaying(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """On the CPU, with the function itself for a graph; returns the batches of each call of the training step."""
+    calls: list[int] = []
+
+    class Captured:
+        graphs = 0
+        peak_bytes: ClassVar[dict[str, int]] = {}
+
+        def __init__(self, function: Any, purpose: str) -> None:
+            self.function, self.purpose = function, purpose
+
+        def __call__(self, *inputs: torch.Tensor) -> Any:
+            if self.purpose == "train":
+                calls.append(len(inputs[0]) // 32)
+            return self.function(*inputs)
+
+    for module in (child, step, train):
+        monkeypatch.setattr(module, "Captured", Captured)
+    monkeypatch.setitem(TUNINGS, "tuned", lambda capability: replace(tuned(capability), compile=False, capture=True))
+    return calls
+
+
+def test_several_steps_at_a_time_learn_the_same(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_recipe(monkeypatch, batch_size=32)
+    monkeypatch.setattr(dali, "STEPS_AT_ONCE", 4)
+    case = replace(EAGER, tuning="tuned")
+    with monkeypatch.context() as apart:
+        apart.setitem(TUNINGS, "tuned", lambda capability: replace(tuned(capability), compile=False))
+        expected, _ = measure(case)
+    calls = replaying(monkeypatch)
+    found, _ = measure(case)
+    assert calls[-6:] == [3, 3, 3] * 2  # nine batches of 32 in 300 images
+    assert found["accuracy"]["curve"] == [
+        row | {"train_s": pytest.approx(0, abs=60), "eval_s": pytest.approx(0, abs=60)}
+        for row in expected["accuracy"]["curve"]
+    ]
+    assert found["timing"]["steps"] == expected["timing"]["steps"] == 18
+    assert (found["timing"]["block_steps"], len(found["timing"]["block_s"])) == (3, 6)
+
+
+def test_the_fewer_steps_of_an_epochs_end_are_captured_too(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_recipe(monkeypatch, batch_size=32)
+    monkeypatch.setattr(dali, "STEPS_AT_ONCE", 5)
+    calls = replaying(monkeypatch)
+    for mode in ("e2e", "compute"):
+        calls.clear()
+        found, _ = measure(replace(EAGER, tuning="tuned", mode=mode))
+        assert calls[:4] == [5, 4, 5, 4]  # compiled and captured, then timed
+        assert calls[-4:] == [5, 4] * 2
+        assert found["timing"]["steps"] == 18
 
 
 # data
@@ -248,14 +311,6 @@ def test_without_imagenet_weights_there_is_no_target(monkeypatch: pytest.MonkeyP
 # how a run ends
 
 
-def with_recipe(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    def changed(case: Case) -> Workload:
-        workload = resolve(case)
-        return replace(workload, recipe=replace(workload.recipe, **changes))
-
-    monkeypatch.setattr(child, "resolve", changed)
-
-
 def with_step(monkeypatch: pytest.MonkeyPatch, step: Any) -> None:
     class Player:
         def restart(self) -> None:
@@ -265,7 +320,7 @@ def with_step(monkeypatch: pytest.MonkeyPatch, step: Any) -> None:
 
 
 def test_a_good_run_says_nothing_of_its_end(speak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "compiled_graphs", lambda: print("a library says hello", flush=True))
+    monkeypatch.setattr(child, "new_graphs", lambda: print("a library says hello", flush=True))
     found, last, error = speak()
     assert "status" not in last
     assert found["throughput"]["images_per_s"] > 0
@@ -351,6 +406,7 @@ def test_a_corrupt_image_is_named(speak: Any, tmp_path: Path, monkeypatch: pytes
 
 
 class TwoSteps:
+    batches_at_once = 1
     batches_per_epoch = 2
     images_per_epoch = 8
 

@@ -144,7 +144,7 @@ def test_help_of_run_tells_every_choice_and_default(netdyno: Any) -> None:
         assert f"{tuning.value}: " in text
     for mode in cli.Mode:
         assert f"{mode.value}: " in text
-    for default in ("all six", "quick", "tuned; full: tuned and eager; source: eager", "e2e", "results"):
+    for default in ("all six", "quick", "tuned; full: tuned and eager; source: fp32", "e2e", "results"):
         assert f"[default: {default}]" in text
     assert "[default: $NETDYNO_DATA, else the user's cache]" in text
 
@@ -172,7 +172,7 @@ def test_without_a_command_there_is_help(netdyno: Any, arguments: list[str]) -> 
         ("nonsense", "No such command 'nonsense' (netdyno --help lists what there is)"),
         ("run --nonsense", "No such option: --nonsense"),
         ("run --suite huge", "'huge' is not one of 'quick', 'full', 'source' (netdyno run --help lists what there is)"),
-        ("run --tuning fast", "'fast' is not one of 'tuned', 'eager', 't4'"),
+        ("run --tuning fast", "'fast' is not one of 'tuned', 'eager', 'fp32', 't4'"),
         ("run --mode fast", "'fast' is not one of 'e2e', 'compute', 'loader'"),
         ("run --seed x", "--seed"),
         ("run --seed -1", "--seed"),
@@ -266,7 +266,7 @@ def test_a_run_from_end_to_end(netdyno: Any, runs: Runs, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("suite", "tunings"), [("quick", ["tuned"]), ("full", ["tuned", "eager"]), ("source", ["eager"])]
+    ("suite", "tunings"), [("quick", ["tuned"]), ("full", ["tuned", "eager"]), ("source", ["fp32"])]
 )
 def test_each_suite_has_its_tunings(netdyno: Any, runs: Runs, suite: str, tunings: list[str]) -> None:
     assert not netdyno("run", "mnist-cnn", "--suite", suite).code

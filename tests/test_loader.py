@@ -140,6 +140,68 @@ def test_sets_without_labels_get_zeros(build: Build) -> None:
     assert torch.equal(batch.labels, torch.zeros(8, dtype=torch.int64))
 
 
+def place(batches: int, batch_size: int = 8, channels: int = 1) -> Batch:
+    """Memory for images of 12×12 with one channel, or of 16×16 with three."""
+    side, rows = {1: 12, 3: 16}[channels], batches * batch_size
+    images = torch.full((rows, side, side, channels), torch.nan).permute(0, 3, 1, 2)
+    return Batch(images, torch.zeros(rows, dtype=torch.int64), rows, batches)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batches_come_into_given_memory(build: Build, train: bool) -> None:
+    if build.func.__module__ == baseline.__name__:  # type: ignore[attr-defined]
+        pytest.skip("the baseline gives each batch memory of its own")
+    into = place(1, channels=1 if build.func is dali.array_loader else 3)  # type: ignore[attr-defined]
+    (apart,) = epochs(build(train=train), 1)
+    loader = build(train=train, into=into)
+    for got, expected in zip(loader.epoch(), apart, strict=True):
+        assert (got.images.data_ptr(), got.labels.data_ptr()) == (into.images.data_ptr(), into.labels.data_ptr())
+        assert same([got], [expected])
+    loader.close()
+
+
+@pytest.mark.parametrize(("at_once", "super_batch"), [(2, 16), (2, 17), (2, 1_000), (3, 24), (3, 1), (5, 40), (5, 100)])
+def test_several_batches_come_at_once(at_once: int, super_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows as one by one, in the same order; the fewer at the end of an epoch in the first rows."""
+    images = np.random.default_rng(0).integers(0, 256, (N, 12, 12, 1), np.uint8)
+    loader = partial(
+        dali.array_loader,
+        images,
+        np.arange(N),
+        preprocess=ARRAY,
+        batch_size=8,
+        train=True,
+        seed=3,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    apart = epochs(loader(), 2)
+    monkeypatch.setattr(dali, "SUPER_BATCH_IMAGES", super_batch)
+    into = place(at_once)
+    together = loader(into=into)
+    assert (together.batches_per_epoch, together.batches_at_once) == (5, at_once)
+    for epoch in apart:
+        done = 0
+        for got in together.epoch():
+            assert (got.batches, got.valid) == (min(at_once, 5 - done), 8 * got.batches)
+            assert got.images.data_ptr() == into.images.data_ptr()
+            expected = epoch[done : done + got.batches]
+            assert torch.equal(got.images, torch.cat([batch.images for batch in expected]))
+            assert torch.equal(got.labels, torch.cat([batch.labels for batch in expected]))
+            done += got.batches
+        assert done == 5
+    together.close()
+
+
+def test_a_replay_takes_many_batches_but_no_more_than_a_super_batch() -> None:
+    small = np.broadcast_to(np.uint8(0), (60_000, 28, 28, 1))
+    assert dali.batches_at_once(small, 256) == 30  # 234 batches in 8 parts, the last of 24
+    assert dali.batches_at_once(small, 1_024) == 15  # 58 in 4: 16 would be 16k images too
+    assert dali.batches_at_once(small, 20_000) == 1
+    faces = np.broadcast_to(np.uint8(0), (20_000, 64, 64, 3))
+    assert dali.batches_at_once(faces, 128) == 32  # 156 in 5; 5,461 images of 12 KiB are 64 MiB
+
+
 def threads(at_most: int = 0) -> int:
     """Threads of this process; waits for the kernel to clear away those that have just ended."""
     deadline = time.monotonic() + 5

@@ -1,5 +1,6 @@
 """The block clock and the warm-up, under a clock that the tests move, and the memory readings."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,19 @@ def test_full_blocks_are_the_total(clock_time: Time) -> None:
     assert clock.block_s == pytest.approx([1.25] * 20)
     assert clock.total_s == pytest.approx(25)
     assert clock.wall_s == pytest.approx(32)
+
+
+def test_blocks_are_whole_numbers_of_replays(clock_time: Time) -> None:
+    clock = BlockClock(CPU, 234, 30)
+    assert clock.block_steps == 30
+    clock.start()
+    for steps in [30] * 7 + [24]:
+        clock_time.pass_by(steps / 10)
+        assert clock.step(steps) is (steps == 30)
+    clock.stop()
+    assert clock.block_s == pytest.approx([3.0] * 7)
+    assert clock.total_s == pytest.approx(23.4)
+    assert BlockClock(CPU, 1_200, 10).block_steps == 60  # still about twenty blocks an epoch
 
 
 def test_time_before_the_start_does_not_count(clock_time: Time) -> None:
@@ -156,6 +170,24 @@ def test_blocks_on_a_gpu_are_its_own_time() -> None:
 
 
 @pytest.mark.gpu
+def test_the_host_runs_ahead_by_a_block() -> None:
+    """The end of a block is waited for when the next one ends, so that the device has work meanwhile."""
+    clock = BlockClock(torch.device("cuda"), 20)
+    torch.cuda._sleep(1_000)
+    clock.start()
+    waits = []
+    for _ in range(5):
+        torch.cuda._sleep(100_000_000)  # some 50 ms
+        start = time.perf_counter()
+        clock.step()
+        waits.append(time.perf_counter() - start)
+    clock.stop()
+    assert waits[0] < 0.01
+    assert min(waits[1:]) > 0.02
+    assert clock.total_s == pytest.approx(clock.wall_s, rel=0.02)
+
+
+@pytest.mark.gpu
 def test_training_and_evaluation_have_their_own_peaks() -> None:
     memory = PeakMemory(torch.device("cuda"))
     before = torch.cuda.memory_allocated() / 2**20
@@ -166,3 +198,8 @@ def test_training_and_evaluation_have_their_own_peaks() -> None:
     found = memory.summary()
     assert found["peak_allocated_mib"] == pytest.approx(before + 128, abs=1)
     assert found["eval_peak_allocated_mib"] == pytest.approx(before + 256, abs=1)
+
+
+def test_captured_graphs_count_in_the_peaks() -> None:
+    found = PeakMemory(CPU, {"train": 300 * 2**20, "eval": 2**19}).summary()
+    assert (found["peak_allocated_mib"], found["eval_peak_allocated_mib"]) == (300.0, 0.5)

@@ -80,7 +80,7 @@ def adversarial(learning_rates: tuple[float, float] = (2e-4, 2e-4)) -> tuple[Cal
     assert isinstance(network, Dcgan)
     step, players = make_step(dcgan(), network, EAGER, CPU, steps=4)
     for player, learning_rate in zip(players, learning_rates, strict=True):
-        player.optimizer.param_groups[0]["lr"] = learning_rate
+        player._rates.fill_(learning_rate)
     return step, network, players
 
 
@@ -208,9 +208,10 @@ def test_optimizers_are_those_of_torch(
     kind: str, expected: Callable[[list[nn.Parameter]], torch.optim.Optimizer], fused: bool
 ) -> None:
     recipe = replace(SGD, optimizer=kind, momentum=0.8, weight_decay=0.01)
-    found = moved(lambda parameters: make_optimizer(parameters, recipe, fused=fused))
+    tuning = replace(EAGER, fused_optimizer=fused)
+    found = moved(lambda parameters: make_optimizer(parameters, recipe, tuning))
     assert torch.allclose(found, moved(expected), rtol=1e-5, atol=1e-6)
-    fused_option = make_optimizer([nn.Parameter(torch.zeros(1))], recipe, fused=fused).defaults.get("fused")
+    fused_option = make_optimizer([nn.Parameter(torch.zeros(1))], recipe, tuning).defaults.get("fused")
     assert bool(fused_option) is (fused and kind != "rmsprop")
 
 
@@ -223,18 +224,28 @@ def player_of(recipe: Recipe, tuning: Tuning = EAGER, steps: int = 50) -> tuple[
     return Player(network, recipe, tuning, CPU, steps), network.weight
 
 
-def learning_rates(player: Player, weight: nn.Parameter, updates: int) -> list[float]:
-    """Before each update, and after the last."""
+def update(player: Player, loss: torch.Tensor) -> None:
+    player.begin(1)
+    player.update(loss)
+
+
+def learning_rates(player: Player, weight: nn.Parameter, updates: int, at_once: int = 1) -> list[float]:
+    """Of each update, looked up `at_once` at a time."""
     rates = []
-    for _ in range(updates):
-        rates.append(player.optimizer.param_groups[0]["lr"])
+    for done in range(updates):
+        if done % at_once == 0:
+            player.begin(at_once)
         player.update(weight.square().sum())
-    return [*rates, player.optimizer.param_groups[0]["lr"]]
+        rates.append(float(player.optimizer.param_groups[0]["lr"]))
+    return rates
 
 
-def test_one_cycle_takes_the_whole_run() -> None:
-    player, weight = player_of(replace(SGD, schedule="one-cycle"), steps=50)
-    rates = learning_rates(player, weight, 50)
+@pytest.mark.parametrize("tuning", [EAGER, replace(EAGER, capture=True)])
+@pytest.mark.parametrize("at_once", [1, 3, 17])
+def test_one_cycle_takes_the_whole_run(tuning: Tuning, at_once: int) -> None:
+    player, weight = player_of(replace(SGD, schedule="one-cycle"), tuning, steps=50)
+    rates = learning_rates(player, weight, 51, at_once)
+    assert isinstance(player.optimizer.param_groups[0]["lr"], torch.Tensor if tuning.capture else float)
     peak = rates.index(max(rates))
     assert peak == 15  # 30 %
     assert rates[peak] == pytest.approx(0.1)
@@ -243,7 +254,7 @@ def test_one_cycle_takes_the_whole_run() -> None:
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-2] > 0
     assert rates[-1] == pytest.approx(0, abs=1e-9)
-    assert learning_rates(player, weight, 5)[-1] == pytest.approx(0, abs=1e-9)  # stays there
+    assert learning_rates(player, weight, 5) == pytest.approx([0] * 5, abs=1e-9)  # stays there
 
 
 def test_one_cycle_by_hand() -> None:
@@ -256,7 +267,7 @@ def test_one_cycle_by_hand() -> None:
 
 def test_a_constant_rate_is_constant() -> None:
     player, weight = player_of(SGD, steps=5)
-    assert set(learning_rates(player, weight, 8)) == {0.1}
+    assert learning_rates(player, weight, 8) == pytest.approx([0.1] * 8)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "rmsprop"])
@@ -268,24 +279,25 @@ def test_restart_starts_anew(kind: str) -> None:
             weight.fill_(1.0)
         path = []
         for _ in range(5):
-            player.update(weight.square().sum())
+            update(player, weight.square().sum())
             path.append(weight.flatten().tolist())
         return path
 
     first = run()
     assert run() != first  # state and schedule went on
+    state = list(player.optimizer.state.values())
     player.restart()
-    assert len(player.optimizer.state) == 0
+    assert list(player.optimizer.state.values()) == state  # in the same memory, which a captured step holds
     assert run() == first
 
 
 def test_restart_leaves_the_weights_alone() -> None:
     player, weight = player_of(SGD)
-    player.update(weight.square().sum())
+    update(player, weight.square().sum())
     before = weight.detach().clone()
     player.restart()
     assert torch.equal(weight, before)
-    player.update(weight.square().sum())
+    update(player, weight.square().sum())
     assert not torch.equal(weight, before)  # the new optimizer holds the same parameters
 
 
@@ -300,16 +312,16 @@ def test_frozen_parameters_are_not_trained() -> None:
 def test_fp16_alone_scales_its_gradients(tuning: Tuning, scaled: bool) -> None:
     player, weight = player_of(SGD, tuning)
     assert player.scaler.is_enabled() is scaled
-    player.update(weight.square().sum())
+    update(player, weight.square().sum())
     assert weight.flatten().tolist() == pytest.approx([0.8] * 3)  # 1 - 0.1 · 2, whatever the scale
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_fp16_leaves_out_a_step_that_overflows(fused: bool) -> None:
     player, weight = player_of(SGD, replace(FP16, fused_optimizer=fused))
-    player.update(weight.square().sum())
+    update(player, weight.square().sum())
     scale, before = player.scaler.get_scale(), weight.detach().clone()
-    player.update(weight.square().sum() * float("inf"))
+    update(player, weight.square().sum() * float("inf"))
     assert torch.equal(weight, before)
     assert player.scaler.get_scale() == scale / 2
     assert weight.grad is None
@@ -340,7 +352,7 @@ def test_a_skipped_first_step_leaves_clean_momentum() -> None:
     torch.use_deterministic_algorithms(True)
     try:
         weight = nn.Parameter(torch.ones(8))
-        optimizer = make_optimizer([weight], SGD, fused=True)
+        optimizer = make_optimizer([weight], SGD, replace(EAGER, fused_optimizer=True))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         for gradient in (float("inf"), 1.0, 1.0):
             scaler.scale((weight * gradient).sum()).backward()

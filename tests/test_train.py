@@ -65,6 +65,19 @@ def silent(steps: int, loss: float) -> None:
     """Shows no progress."""
 
 
+def test_several_batches_at_once_are_as_many_steps() -> None:
+    """A step over several batches returns the sum of their losses."""
+    shown: list[tuple[int, float]] = []
+    parts = [batch._replace(batches=4 if k < 11 else 1) for k, batch in enumerate(batches(12, size=8))]
+    clock = BlockClock(CPU, 45, 4)
+    trained = train_epoch(
+        lambda images, labels: torch.tensor(8.0), parts, clock, lambda steps, loss: shown.append((steps, loss))
+    )
+    assert trained == Trained(loss=pytest.approx(8 * 12 / 45), images=96, steps=45)
+    assert shown == [(k, 2.0) for k in range(4, 37, 4)]
+    assert (clock.block_steps, len(clock.block_s)) == (4, 11)
+
+
 def test_an_epoch_counts_its_steps_and_images_and_averages_the_loss() -> None:
     seen: list[tuple[float, float]] = []
     shown: list[tuple[int, float]] = []
@@ -78,7 +91,7 @@ def test_an_epoch_counts_its_steps_and_images_and_averages_the_loss() -> None:
     trained = train_epoch(step, batches(45), clock, lambda steps, loss: shown.append((steps, loss)))
     assert trained == Trained(loss=23.0, images=180, steps=45)
     assert seen == [(k, k) for k in range(45)]
-    assert shown == [(k, float(k)) for k in range(2, 45, 2)]  # at the end of each block
+    assert shown == [(k, float(k)) for k in range(2, 41, 2)]  # of each block, two blocks later
     assert len(clock.block_s) == 22
     assert 0 < sum(clock.block_s) < clock.total_s <= clock.wall_s
 
@@ -87,9 +100,9 @@ def test_an_epoch_counts_its_steps_and_images_and_averages_the_loss() -> None:
 @pytest.mark.parametrize(
     ("at", "steps", "message"),
     [
-        (4, 4, "after 4 steps"),  # the last of a block: found there
-        (3, 45, "in an epoch of 45 steps"),  # within a block, and finite again after it: found in the mean
-        (45, 45, "in an epoch of 45 steps"),  # in the remainder, which is no block
+        (4, 8, "after 4 steps"),  # the last of a block: found two blocks later
+        (3, 45, "after 45 steps"),  # within a block, and finite again after it: found in the mean
+        (45, 45, "after 45 steps"),  # in the remainder, which is no block
     ],
 )
 def test_a_loss_that_is_no_number_ends_the_epoch(bad: float, at: int, steps: int, message: str) -> None:

@@ -1,10 +1,10 @@
 """Tunings, and the policy that picks a precision for a card."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
-from netdyno.bench.tuning import TUNINGS, Capability, Tuning, eager, precision_for, t4, tuned
+from netdyno.bench.tuning import TUNINGS, Capability, Tuning, eager, fp32, precision_for, t4, tuned
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,7 @@ def test_tuned_is_everything_and_eager_nothing(capability: Capability) -> None:
     best, first = tuned(capability), eager(capability)
     assert (best.channels_last, best.compile, best.fused_optimizer, best.loader) == (True, True, True, "dali")
     assert (first.channels_last, first.compile, first.fused_optimizer, first.loader) == (False, False, False, "torch")
+    assert (best.capture, first.capture) == (capability is not None, False)  # a CPU has no graphs to replay
     assert first.precision == "fp32"
     assert not best.needs_gpu
     assert not first.needs_gpu
@@ -47,7 +48,12 @@ def test_t4_is_what_a_t4_gets_within_its_memory(capability: Capability) -> None:
     assert t4(capability).memory_limit_mib == 14_336
 
 
+def test_fp32_is_tuned_but_for_its_precision() -> None:
+    assert fp32((9, 0)).precision == "fp32"
+    assert replace(fp32((9, 0)), name="tuned", precision="bf16") == tuned((9, 0))
+
+
 def test_tunings_are_listed_under_their_names() -> None:
-    assert list(TUNINGS) == ["tuned", "eager", "t4"]
+    assert list(TUNINGS) == ["tuned", "eager", "fp32", "t4"]
     for name, make in TUNINGS.items():
         assert make((9, 0)).name == name

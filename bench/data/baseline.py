@@ -109,6 +109,8 @@ class _Images(Dataset[tuple[Tensor, int]]):
 class _BaselineLoader:
     """A `Loader` over a `DataLoader`."""
 
+    batches_at_once = 1
+
     def __init__(
         self,
         dataset: _Images,

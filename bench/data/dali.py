@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 SUPER_BATCH_IMAGES = 16_384
 SUPER_BATCH_BYTES = 64 << 20  # two or three of them are on the device at a time: DALI's queue and the one in use
+STEPS_AT_ONCE = 32  # of a captured step: what the host does between two replays is then hidden, as the log shows
 DECODE_CHUNK = 256
 
 
@@ -51,13 +52,18 @@ def array_loader(
     device: torch.device,
     dtype: torch.dtype,
     channels_last: bool = True,
+    into: Batch | None = None,
 ) -> Loader:
-    """Batches of uint8 `images` [N, H, W, C], which may be memory-mapped, with int64 `labels` [N]."""
+    """Batches of uint8 `images` [N, H, W, C], which may be memory-mapped, with int64 `labels` [N].
+
+    `into`, channels last, is the memory that all batches come in, as many at a time as it holds; without it each batch
+    has memory of its own.
+    """
     check_array_set(images, preprocess)
     batches, images_per_epoch = count_epoch(len(images), batch_size, train=train)
-    largest = min(SUPER_BATCH_IMAGES, SUPER_BATCH_BYTES // images[0].nbytes)
-    runs = -(-batches // max(1, largest // batch_size))
-    batches_per_run = -(-batches // runs)  # spread evenly: the last super-batch of an epoch is hardly padded
+    at_once = 1 if into is None else into.batches
+    parts = -(-batches // at_once)
+    batches_per_run = at_once * _spread(parts, _super_batch(images) // (at_once * batch_size))
 
     source = _ahead(
         _super_batches(
@@ -91,7 +97,25 @@ def array_loader(
         device=device,
         dtype=dtype,
         channels_last=channels_last,
+        into=into,
     )
+
+
+def batches_at_once(images: np.ndarray, batch_size: int) -> int:
+    """How many training batches of `images` [N, H, W, C] a captured step best takes at a time."""
+    batches, _ = count_epoch(len(images), batch_size, train=True)
+    return _spread(batches, min(STEPS_AT_ONCE, _super_batch(images) // batch_size))
+
+
+def _super_batch(images: np.ndarray) -> int:
+    """Images of a super-batch, at most."""
+    return min(SUPER_BATCH_IMAGES, SUPER_BATCH_BYTES // images[0].nbytes)
+
+
+def _spread(count: int, most: int) -> int:
+    """The size of the parts that `count` is cut into evenly, at most `most`: the last one is hardly smaller."""
+    parts = -(-count // max(1, most))
+    return -(-count // parts)
 
 
 def jpeg_loader(
@@ -105,10 +129,12 @@ def jpeg_loader(
     device: torch.device,
     dtype: torch.dtype,
     channels_last: bool = True,
+    into: Batch | None = None,
 ) -> Loader:
     """Batches of JPEG `files` with int64 `labels` [N], resized to `preprocess.image_size`.
 
-    The encoded files are read into memory once. UserError names a file that cannot be read or decoded.
+    `into`, of one batch, channels last, is the memory that all batches come in. The encoded files are read into memory
+    once. UserError names a file that cannot be read or decoded.
     """
     side = check_jpeg_set(preprocess)
     batches, images_per_epoch = count_epoch(len(files), batch_size, train=train)
@@ -150,6 +176,7 @@ def jpeg_loader(
         device=device,
         dtype=dtype,
         channels_last=channels_last,
+        into=into,
         files=files,
     )
 
@@ -201,10 +228,12 @@ class _DaliLoader:
         device: torch.device,
         dtype: torch.dtype,
         channels_last: bool,
+        into: Batch | None,
         files: Sequence[Path] | None = None,
     ) -> None:
         self.images_per_epoch = images_per_epoch
         self.batches_per_epoch = batches_per_epoch
+        self.batches_at_once = 1 if into is None else into.batches
         pipeline.build()  # here, so that the first epoch does not pay for it
         self._pipeline = pipeline
         # DALI leaves the source in a cycle of references; its thread and its images shall not wait for the collector.
@@ -216,13 +245,14 @@ class _DaliLoader:
         self._device = device
         self._dtype = dtype
         self._channels_last = channels_last
+        self._into = into
         self._files = files
         self._next_epoch = 0
         self._next_run = 0
         self._index = torch.arange(batches_per_run * batch_size, device=device)
         self._no_moves = (
-            torch.zeros(batch_size, 2, dtype=torch.int32, device=device),
-            torch.zeros(batch_size, dtype=torch.uint8, device=device),
+            torch.zeros(len(self._index), 2, dtype=torch.int32, device=device),
+            torch.zeros(len(self._index), dtype=torch.uint8, device=device),
         )
 
     def epoch(self) -> Iterator[Batch]:
@@ -239,8 +269,11 @@ class _DaliLoader:
             images, labels, *moves = self._fetch(first_run + run)
             shift, flip = moves or self._no_moves
             first_batch = run * self._batches_per_run
-            for k in range(min(self._batches_per_run, self.batches_per_epoch - first_batch)):
-                rows = slice(k * self._batch_size, (k + 1) * self._batch_size)
+            batches = min(self._batches_per_run, self.batches_per_epoch - first_batch)
+            for k in range(0, batches, self.batches_at_once):
+                at_once = min(self.batches_at_once, batches - k)
+                rows = slice(k * self._batch_size, (k + at_once) * self._batch_size)
+                place = None if self._into is None else self._into.first(at_once)
                 batch = augment(
                     images,
                     self._index[rows],
@@ -249,11 +282,13 @@ class _DaliLoader:
                     self._preprocess.mean,
                     self._preprocess.std,
                     self._dtype,
+                    None if place is None else place.images,
                 )
                 yield Batch(
                     images=batch if self._channels_last else batch.contiguous(),
-                    labels=labels[rows],
-                    valid=min(self._batch_size, self.images_per_epoch - (first_batch + k) * self._batch_size),
+                    labels=labels[rows] if place is None else place.labels.copy_(labels[rows]),
+                    valid=min(len(batch), self.images_per_epoch - (first_batch + k) * self._batch_size),
+                    batches=at_once,
                 )
 
     def _fetch(self, wanted: int) -> list[Tensor]:

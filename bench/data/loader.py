@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """One batch on the device."""
+    """One batch on the device, or several that lie one behind the other, for as many steps at a time."""
 
-    images: Tensor  # [B, C, H, W], normalised
-    labels: Tensor  # int64 [B]; zeros where the set has none
+    images: Tensor  # [batches · B, C, H, W], normalised
+    labels: Tensor  # int64 [batches · B]; zeros where the set has none
     valid: int  # rows that count; the rest, at the end of an evaluation, repeats an image
+    batches: int = 1
+
+    def first(self, batches: int) -> Batch:
+        """The first so many batches, in the same memory."""
+        rows = batches * (len(self.images) // self.batches)
+        return Batch(self.images[:rows], self.labels[:rows], min(self.valid, rows), batches)
 
 
 class Loader(Protocol):
@@ -32,6 +38,7 @@ class Loader(Protocol):
 
     batches_per_epoch: int
     images_per_epoch: int  # training: without the dropped remainder
+    batches_at_once: int  # in each `Batch` but the last of an epoch, which may have fewer
 
     def epoch(self) -> Iterator[Batch]: ...
 
