@@ -38,7 +38,7 @@ from .measure import TIMING_VERSION, BlockClock, PeakMemory, warm_up
 from .metrics import sliced_wasserstein
 from .order import Order
 from .stats import seconds_to_target
-from .step import DTYPES, Step, make_step
+from .step import DTYPES, Step, make_step, why_uncaptured
 from .train import Diverged, Evaluate, Evaluation, collect, make_evaluation, train_epoch
 from .tuning import TUNINGS, Tuning
 from .workloads import Workload, describe, resolve
@@ -61,7 +61,10 @@ def run(order: Order, emit: Emit) -> None:
     emit(stage="data")
     train_set, eval_set = (image_set(resolve(case), split, tuning, order.data, device) for split in ("train", "test"))
     workload, network = build(resolve(case), train_set.classes)
-    emit(section="case", value=describe(case, workload) | describe_precision(tuning, device))
+    uncaptured = why_uncaptured(workload.recipe, tuning) if tuning.capture else None
+    tuning = replace(tuning, capture=tuning.capture and uncaptured is None)
+    execution = describe_precision(tuning, device) | {"captured": tuning.capture, "uncaptured_because": uncaptured}
+    emit(section="case", value=describe(case, workload) | execution)
     emit(section="data", value=describe_data(train_set, eval_set, tuning))
 
     place, eval_place = places(workload, train_set, eval_set, tuning, device)

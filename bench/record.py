@@ -3,8 +3,8 @@
 A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id>.json`. Names carry their units.
 
     schema, id, created_utc
-    case        workload, suite, tuning, mode, seed, division, gpus, precision, tf32_convolutions, recipe (every setting
-                that decides the work)
+    case        workload, suite, tuning, mode, seed, division, gpus, precision, tf32_convolutions, captured,
+                uncaptured_because, recipe (every setting that decides the work)
     status      ok · oom · diverged · timeout · failed · killed · skipped; all but ok have a `reason`
     timing      timing_version, block_steps, block_s (raw), blocks_thinned_by, train_s, wall_s, steps, steady
     throughput  images_per_s, eval_images_per_s

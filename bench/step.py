@@ -93,6 +93,13 @@ def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tunin
     return sgd
 
 
+def why_uncaptured(recipe: Recipe, tuning: Tuning) -> str | None:
+    """Why this step cannot be one CUDA graph; None where it can."""
+    if tuning.precision == "fp16" and recipe.optimizer == "rmsprop":
+        return "without a fused form of RMSprop the gradient scaler asks the device at each step whether to skip it"
+    return None
+
+
 def execute(function: Callable[..., torch.Tensor], tuning: Tuning, device: torch.device) -> Callable[..., torch.Tensor]:
     """`function` under the tuning's autocast, compiled as one graph of constant shapes where the tuning compiles.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from new_network import COMPILED, CPU, EAGER, TinyCnn, batch_of, tiny_cnn
 from torch import nn
 
-from netdyno.bench.step import Player, execute, make_optimizer, make_step, one_cycle
+from netdyno.bench.step import Player, execute, make_optimizer, make_step, one_cycle, why_uncaptured
 from netdyno.bench.tuning import Tuning, t4
 from netdyno.bench.workloads import Recipe, Workload, conv_autoencoder, dcgan
 from netdyno.models.conv_autoencoder import ConvAutoencoder
@@ -134,6 +134,14 @@ def test_each_player_is_moved_by_its_own_optimizer_alone(rates: tuple[float, flo
 
 
 # Precision and compilation
+
+
+def test_all_but_fp16_under_rmsprop_can_be_captured() -> None:
+    rmsprop = replace(SGD, optimizer="rmsprop")
+    assert [why_uncaptured(recipe, tuning) is None for recipe in (SGD, rmsprop) for tuning in (BF16, FP16)] == [
+        *(True, True),
+        *(True, False),
+    ]
 
 
 def test_bf16_agrees_with_fp32_within_rounding() -> None:
