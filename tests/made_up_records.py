@@ -96,7 +96,29 @@ def accuracy(metrics: list[Any], target: float | None = 99.0, **changes: Any) ->
     }
 
 
+def seen(energy_j: float, source: str = "counter", **changes: Any) -> dict[str, Any]:
+    """What NVML saw of a run that used `energy_j`."""
+    return {
+        "sm_clock_mhz_mean": 1965.2,
+        "sm_clock_mhz_min": 1950.0,
+        "sm_clock_mhz_max": 1980.0,
+        "mem_clock_mhz_mean": 3201.0,
+        "power_w_mean": 540.2,
+        "temperature_c_mean": 55.5,
+        "temperature_c_max": 57.0,
+        "utilisation_pct_mean": 88.1,
+        "throttle_share": {},
+        "energy_j": energy_j,
+        "energy_source": source,
+        "energy_sampled_j": energy_j,
+        "other_processes": 0,
+        "readings": 19,
+        **changes,
+    }
+
+
 EAGER: dict[str, Any] = {"tuning": "eager", "compile": None, "loader": "baseline"}
+CAPPED: dict[str, Any] = {"throttle_share": {"sw_power_cap": 0.263}, "sm_clock_mhz_min": 1500.0}
 
 
 def records() -> list[dict[str, Any]]:
