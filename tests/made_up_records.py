@@ -131,10 +131,10 @@ def records() -> list[dict[str, Any]]:
     resnet = {"workload": "resnet50-transfer", "recipe": flowers, "accuracy": accuracy([20.0, 41.5], None)}
     quick = {"suite": "quick", "machine": CPU, "peak_allocated_mib": None, "nvml_process_peak_mib": None}
     return [
-        make(1, images_per_s=540_000.0, accuracy=accuracy([97.0, 99.1])),
-        make(2, images_per_s=550_000.0, accuracy=accuracy([97.2, 99.2]), seed=1),
-        make(3, images_per_s=530_000.0, accuracy=accuracy([97.4, 99.3]), seed=2),
-        make(4, images_per_s=45_000.0, **EAGER),
+        make(1, images_per_s=540_000.0, accuracy=accuracy([97.0, 99.1]), gpu=seen(1026.0)),
+        make(2, images_per_s=550_000.0, accuracy=accuracy([97.2, 99.2]), gpu=seen(1149.5), seed=1),
+        make(3, images_per_s=530_000.0, accuracy=accuracy([97.4, 99.3]), gpu=seen(1208.4, **CAPPED), seed=2),
+        make(4, images_per_s=45_000.0, gpu=seen(855.0, "sampled"), **EAGER),
         make(5, images_per_s=900_000.0, mode="compute", accuracy=None),
         make(6, images_per_s=10_100.5, recipe={"batch_size": 512, "epochs": 6}, **dcgan),
         make(7, images_per_s=5_050.25, recipe={"batch_size": 128, "epochs": 6}, **dcgan, **EAGER),
