@@ -1,15 +1,46 @@
-"""NVML: the GPU's name and state, read from outside the measured process, so that reading costs it nothing."""
+"""NVML: the GPU's name and state, read from outside the measured process, so that reading costs it nothing.
+
+The timed region is many *stretches*, one an epoch, mostly parted by evaluations. A stretch may be shorter than the
+distance of two readings, and what NVML answers may be 0.1 s old, from before the stretch began. So its energy is told
+in two ways, each only where it holds:
+
+- From the card's counter: the sum of its differences over the stretches. At each pause between two of them the energy
+  of up to 0.1 s, or of the pause where that is shorter, may be put on the wrong side. Where such seconds would make
+  more than a tenth of the timed ones, as with evaluations between epochs of less than a second, it is left aside.
+- From sampled power: the mean of its readings × the timed seconds. Readings come at equal distances, so that this is
+  the trapezoid rule with its ends held, and not every stretch needs one. The first of each stretch is left out, as it
+  may tell of the pause before, and ten must remain: of epochs shorter than 0.1 s between evaluations nothing does.
+"""
 
 import os
 import threading
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from statistics import fmean
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-SAMPLE_S = 0.1  # between two readings
+SAMPLE_S = 0.1  # between two readings: no shorter than what they tell is old
+COUNTER_AGE_S = 0.1  # the energy counter is renewed about every 100 ms, by some cards more often (ml.energy/zeus)
+MISPLACED = 0.1  # of the timed seconds: the most whose energy the counter may put on the wrong side of a border
+FEWEST_READINGS = 10  # of power, for an energy
+IDLE = "idle"
+# Bits of NVML's answer why the clocks are not higher. What its user has set, application and display clocks, throttles
+# nothing.
+REASONS = {
+    IDLE: 0x001,
+    "sw_power_cap": 0x004,
+    "hw_slowdown": 0x008,
+    "sync_boost": 0x010,
+    "sw_thermal_slowdown": 0x020,
+    "hw_thermal_slowdown": 0x040,
+    "hw_power_brake": 0x080,
+    "board_limit": 0x200,
+    "reliability": 0x400,
+}
 
 
 class Gpu:
@@ -71,7 +102,8 @@ class Gpu:
         nvml, handle = self._nvml, self._handle
         readers = {
             "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            "mem_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            "power_w": self._power_w,
             "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
             "utilisation_pct": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
         }
@@ -83,20 +115,61 @@ class Gpu:
                 continue
         return values
 
+    def _power_w(self) -> float:
+        """The power now. `nvmlDeviceGetPowerUsage` is that too up to Turing and GA100, later the mean of a second."""
+        nvml = self._nvml
+        with suppress(nvml.NVMLError):
+            (field,) = nvml.nvmlDeviceGetFieldValues(self._handle, [nvml.NVML_FI_DEV_POWER_INSTANT])
+            if field.nvmlReturn == nvml.NVML_SUCCESS:
+                return field.value.uiVal / 1e3
+        return nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
+
+    def reasons(self) -> frozenset[str] | None:
+        """Why the clocks are not higher, by the names in `REASONS`; None where the card does not tell."""
+        for call in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
+            try:
+                mask = getattr(self._nvml, call)(self._handle)
+            except (AttributeError, self._nvml.NVMLError):  # older drivers know the second name alone
+                continue
+            return frozenset(name for name, bit in REASONS.items() if mask & bit)
+        return None
+
+    def energy_j(self) -> float | None:
+        """What the card has used since its driver was loaded; None where it does not count that (before Volta)."""
+        try:
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
+        except self._nvml.NVMLError:
+            return None
+
+
+class Border(NamedTuple):
+    """Where a stretch of the timed region begins or ends."""
+
+    moment_s: float
+    energy_j: float | None  # the card's counter
+
+
+class Reading(NamedTuple):
+    """The card's state at one moment of the timed region."""
+
+    stretch: int
+    values: dict[str, float]
+    reasons: frozenset[str] | None
+
 
 class Sampler:
     """Reads a process's memory and the card's state every 0.1 s while a `with` block lasts; idle without a GPU.
 
-    `training` is set while the timed region lasts: clocks, power and the like are averaged over it alone.
+    `mark` tells it where the timed region lies: clocks, power and the like are taken from that alone.
     """
 
     def __init__(self, gpu: Gpu | None, pid: int) -> None:
         self._gpu, self._pid = gpu, pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._readings: list[dict[str, float]] = []
+        self._borders: list[Border] = []  # a begin, its end, the next begin, …
+        self._readings: list[Reading] = []
         self._failures = self._others = 0
-        self.training = False
         self.process_peak_mib: float | None = None
 
     def __enter__(self) -> "Sampler":
@@ -109,6 +182,11 @@ class Sampler:
         if self._gpu is not None:
             self._thread.join()
 
+    def mark(self, timed: bool) -> None:
+        """A stretch of the timed region begins, or ends, now. One that never ends has readings, but no energy."""
+        if self._gpu is not None and timed != (len(self._borders) % 2 == 1):
+            self._borders.append(Border(time.monotonic(), self._gpu.energy_j()))
+
     def _run(self) -> None:
         assert self._gpu is not None
         while not self._stop.wait(SAMPLE_S):
@@ -116,22 +194,92 @@ class Sampler:
                 used = self._gpu.process_memory_mib(self._pid)
                 if used is not None:
                     self.process_peak_mib = max(used, self.process_peak_mib or 0.0)
-                if self.training:
-                    self._others = max(self._others, self._gpu.other_processes(self._pid))
-                    self._readings.append(self._gpu.reading())
+                stretch = len(self._borders)
+                if stretch % 2 == 0:
+                    continue
+                others = self._gpu.other_processes(self._pid)
+                reading = Reading(stretch, self._gpu.reading(), self._gpu.reasons())
+                if stretch == len(self._borders):  # else the stretch ended while it was read
+                    self._others = max(self._others, others)
+                    self._readings.append(reading)
             except Exception:  # one reading that fails must not end the others; the summary counts them
                 self._failures += 1
 
     def summary(self) -> dict[str, Any] | None:
-        """Means over the timed region, the highest temperature, the most other processes, and the number of readings.
+        """The record's `gpu`, as bench/record.py lists it; what the card does not tell is left out.
 
         None where there was nothing to read.
         """
         failed = {"failed_readings": self._failures} if self._failures else {}
         if not self._readings:
             return failed or None
-        names = sorted({name for reading in self._readings for name in reading})
-        values = {name: [reading[name] for reading in self._readings if name in reading] for name in names}
-        means = {f"{name}_mean": round(fmean(series), 1) for name, series in values.items()}
-        hottest = {"temperature_c_max": max(values["temperature_c"])} if "temperature_c" in values else {}
-        return means | hottest | {"other_processes": self._others, "readings": len(self._readings)} | failed
+        names = sorted({name for reading in self._readings for name in reading.values})
+        values = {name: _series(self._readings, name) for name in names}
+        found: dict[str, Any] = {f"{name}_mean": round(fmean(series), 1) for name, series in values.items()}
+        if "temperature_c" in values:
+            found["temperature_c_max"] = max(values["temperature_c"])
+        if clocks := busy_clocks_mhz(self._readings):
+            found |= {"sm_clock_mhz_min": min(clocks), "sm_clock_mhz_max": max(clocks)}
+        told = [reading.reasons for reading in self._readings if reading.reasons is not None]
+        if told:
+            shares = {name: sum(name in reasons for reasons in told) / len(told) for name in REASONS if name != IDLE}
+            found["throttle_share"] = {name: round(share, 3) for name, share in shares.items() if share}
+        found |= energies(self._borders, _series(settled(self._readings), "power_w"))
+        return found | {"other_processes": self._others, "readings": len(self._readings)} | failed
+
+
+def _series(readings: Sequence[Reading], name: str) -> list[float]:
+    return [reading.values[name] for reading in readings if name in reading.values]
+
+
+def settled(readings: Sequence[Reading]) -> list[Reading]:
+    """All but the first of each stretch: they were taken 0.1 s or more after it began."""
+    return [after for before, after in pairwise(readings) if before.stretch == after.stretch]
+
+
+def busy_clocks_mhz(readings: Sequence[Reading]) -> list[float]:
+    """SM clocks where this reading and the one before, in the same stretch, found the card busy.
+
+    A card that idles, between short epochs or waiting for its loader, lowers its clock and needs a moment to raise it
+    again: that is no drift.
+    """
+    busy = [reading if IDLE not in (reading.reasons or ()) else None for reading in readings]
+    pairs = [(before, after) for before, after in pairwise(busy) if before and after]
+    return _series([after for before, after in pairs if before.stretch == after.stretch], "sm_clock_mhz")
+
+
+def energies(borders: Sequence[Border], power_w: Sequence[float]) -> dict[str, Any]:
+    """`energy_j`, `energy_source` and `energy_sampled_j` of the timed region; without the ones that nothing tells."""
+    timed_s = sum(end.moment_s - begin.moment_s for begin, end in _stretches(borders))
+    counted = counted_energy_j(borders)
+    sampled = fmean(power_w) * timed_s if timed_s and len(power_w) >= FEWEST_READINGS else None
+    found: dict[str, Any] = {}
+    if counted is not None:
+        found = {"energy_j": round(counted, 1), "energy_source": "counter"}
+    elif sampled is not None:
+        found = {"energy_j": round(sampled, 1), "energy_source": "sampled"}
+    return found if sampled is None else found | {"energy_sampled_j": round(sampled, 1)}
+
+
+def counted_energy_j(borders: Sequence[Border]) -> float | None:
+    """The energy of all stretches by the card's counter, in J; None where it cannot tell, as said above.
+
+    Nor can it where a border has no reading, where it stands still, or where it fell within a stretch: it was reset.
+    """
+    stretches = _stretches(borders)
+    timed_s = sum(end.moment_s - begin.moment_s for begin, end in stretches)
+    pauses_s = [begin.moment_s - end.moment_s for (_, end), (begin, _) in pairwise(stretches)]
+    misplaced_s = 2 * COUNTER_AGE_S + sum(min(pause, COUNTER_AGE_S) for pause in pauses_s)
+    if misplaced_s > MISPLACED * timed_s:
+        return None
+    total = 0.0
+    for begin, end in stretches:
+        if begin.energy_j is None or end.energy_j is None or end.energy_j < begin.energy_j:
+            return None
+        total += end.energy_j - begin.energy_j
+    return total or None
+
+
+def _stretches(borders: Sequence[Border]) -> list[tuple[Border, Border]]:
+    """Each begin with its end."""
+    return list(zip(borders[::2], borders[1::2], strict=False))

@@ -15,7 +15,12 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
     compile     cold_s, warm_s, cold_start_s, warm_start_s, recompiles
     data        name, label, synthetic, sha256, images, loader
     machine     slug, gpu, cpu, cores, memory_gib, os, versions
-    gpu, roofline, code
+    gpu         sm_clock_mhz_mean, sm_clock_mhz_min, sm_clock_mhz_max (both while it was busy), mem_clock_mhz_mean,
+                power_w_mean, temperature_c_mean, temperature_c_max, utilisation_pct_mean, throttle_share (of the
+                readings, by reason), energy_j, energy_source (counter or sampled), energy_sampled_j,
+                other_processes (the most at once), readings, failed_readings (all in the timed region, without what
+                the card does not tell; when energy can be told stands in bench/gpu.py)
+    roofline, code
 """
 
 import errno

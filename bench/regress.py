@@ -37,6 +37,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .stats import Floats, median, seconds_to_target
+from .summary import energy_j_per_1000_images
 
 Record = Mapping[str, Any]
 Call = Literal["REGRESSION", "IMPROVEMENT", "SAME", "AMBIGUOUS", "MISSING"]
@@ -154,17 +155,6 @@ def step_s(record: Record) -> float | None:
     if not whole:
         return None
     return statistics.median(blocks) / steps
-
-
-def energy_j_per_1000_images(record: Record) -> float | None:
-    """From the energy counter, else from the mean power over the timed region."""
-    rate, seconds = _positive(record, "throughput", "images_per_s"), _positive(record, "timing", "train_s")
-    energy, power = _positive(record, "gpu", "energy_j"), _positive(record, "gpu", "power_w_mean")
-    if rate is None or seconds is None:
-        return None
-    if energy is not None:
-        return 1000 * energy / (rate * seconds)
-    return None if power is None else 1000 * power / rate
 
 
 def _to_target(record: Record, length: Callable[[Mapping[str, Any]], float | None]) -> float | None:

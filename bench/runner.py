@@ -220,7 +220,7 @@ def follow(child: subprocess.Popen[str], record: Record, sampler: Sampler, liste
         if "status" in event:
             record |= {"status": event["status"], "reason": event["reason"]}
         if "timed" in event:
-            sampler.training = event["timed"]
+            sampler.mark(event["timed"])
         listen(event)
 
 

@@ -26,6 +26,7 @@ MOST_EPOCHS = 10_000
 DEEPEST = 6
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")  # what becomes part of a file's path
 PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\.[0-9]{1,6}\.webp")
+ENERGY_SOURCE = re.compile(r"counter|sampled")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Check = Callable[[Any, str], Iterator[str]]  # of a value and its name, to what is wrong with it
@@ -121,6 +122,12 @@ def _measure(value: Any, where: str) -> Iterator[str]:
     yield from _number(value, where)
     if isinstance(value, (int, float)) and value < 0:
         yield f"{where} is negative"
+
+
+def _share(value: Any, where: str) -> Iterator[str]:
+    yield from _measure(value, where)
+    if isinstance(value, (int, float)) and value > 1:
+        yield f"{where} is more than the whole"
 
 
 def _count(value: Any, where: str) -> Iterator[str]:
@@ -316,7 +323,23 @@ RECORD = _object(
             )
         ),
         "compile": _or_null(_table(_plain)),
-        "gpu": _or_null(_object(dict.fromkeys(("energy_j", "power_w_mean"), _or_null(_measure)))),
+        "gpu": _or_null(
+            _object(
+                {
+                    **dict.fromkeys(("temperature_c_mean", "temperature_c_max"), _or_null(_number)),
+                    **dict.fromkeys(
+                        (
+                            *("sm_clock_mhz_mean", "sm_clock_mhz_min", "sm_clock_mhz_max", "mem_clock_mhz_mean"),
+                            *("power_w_mean", "utilisation_pct_mean", "energy_j", "energy_sampled_j"),
+                        ),
+                        _or_null(_measure),
+                    ),
+                    "energy_source": _or_null(_fits(ENERGY_SOURCE, "source of an energy")),
+                    "throttle_share": _or_null(_table(_or_null(_share))),
+                    **dict.fromkeys(("other_processes", "readings", "failed_readings"), _or_null(_count)),
+                }
+            )
+        ),
         "roofline": _or_null(
             _object(
                 dict.fromkeys(

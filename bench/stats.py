@@ -40,6 +40,14 @@ def images_per_s(images: int, seconds: float) -> float:
     return images / seconds
 
 
+def energy_j_per_1000_images(energy_j: float, images: float) -> float:
+    """Joules for 1,000 images, of the energy in which `images` were trained on."""
+    energy = 1000 * energy_j / images if images > 0 else math.nan
+    if not (math.isfinite(energy) and energy > 0):
+        raise ValueError(f"no energy for 1,000 images from {energy_j} J for {images} images")
+    return energy
+
+
 def seconds_to_target(
     curve: Sequence[Mapping[str, Any]],
     target: float | None,

@@ -13,14 +13,17 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from . import stats
 from .stats import median, median_interval
 
 Record = Mapping[str, Any]
 
 MIN_RECORDS_FOR_SPREAD = 3
 MAX_TEXT = 300  # characters of one string from a record; a traceback belongs in the record, not in a cell
+THROTTLED_FROM = 0.05  # of the readings; a single one happens at a change of clocks too
+CLOCK_DRIFT = 0.05  # of the highest SM clock; warming up costs an unthrottled card some steps of 15 MHz, less than that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,8 @@ class Row:
     peak_reserved_mib: float | None
     nvml_process_peak_mib: float | None
     host_rss_peak_mib: float | None
+    energy_j_per_1000_images: float | None
+    energy_source: str | None  # counter or sampled; where records differ, those with a counter make the median
     metric: str | None
     metric_unit: str | None
     higher_is_better: bool | None
@@ -79,8 +84,7 @@ class Row:
     compile_cold_s: float | None
     compile_warm_s: float | None
     recompiles: float | None  # the most of any record
-    other_processes: float | None  # on the card in the timed region, the most of any record
-    unsteady_n: int  # records whose step never became steady in warm-up
+    doubts: tuple[str, ...]  # what makes the speed of its records doubtful, in words
     code: tuple[str, ...]
     ids: tuple[str, ...]
     paths: tuple[str, ...]  # relative to the results folder
@@ -127,6 +131,12 @@ def _row(group: Sequence[Record]) -> Row:
     def middle(*path: str) -> float | None:
         return median(found) if (found := numbers(*path)) else None
 
+    joules: dict[str | None, list[float]] = {}
+    for record in measured:
+        joule = energy_j_per_1000_images(record)
+        if joule is not None:
+            joules.setdefault(_text(record, "gpu", "energy_source"), []).append(joule)
+    source = "counter" if "counter" in joules else next(iter(joules), None)
     low, high = _interval(numbers("throughput", "images_per_s"))
     metric_low, metric_high = _interval(numbers("accuracy", "final"))
     target = _number(newest, "accuracy", "target")
@@ -170,6 +180,8 @@ def _row(group: Sequence[Record]) -> Row:
         peak_reserved_mib=middle("memory", "peak_reserved_mib"),
         nvml_process_peak_mib=middle("memory", "nvml_process_peak_mib"),
         host_rss_peak_mib=middle("memory", "host_rss_peak_mib"),
+        energy_j_per_1000_images=median(joules[source]) if joules else None,
+        energy_source=source,
         metric=_text(newest, "accuracy", "metric"),
         metric_unit=_text(newest, "accuracy", "unit"),
         higher_is_better=_flag(newest, "accuracy", "higher_is_better"),
@@ -184,23 +196,71 @@ def _row(group: Sequence[Record]) -> Row:
         compile_cold_s=middle("compile", "cold_s"),
         compile_warm_s=middle("compile", "warm_s"),
         recompiles=max(numbers("compile", "recompiles"), default=None),
-        other_processes=max(numbers("gpu", "other_processes"), default=None),
-        unsteady_n=[_flag(record, "timing", "steady") for record in measured].count(False),
+        doubts=_doubts_of(measured),
         code=_unique(_text(record, "code") for record in group),
         ids=tuple(str(_text(record, "id")) for record in group),
         paths=tuple(_path(record) for record in group),
     )
 
 
+class Doubt(NamedTuple):
+    """Something that makes the speed of a run doubtful."""
+
+    kind: str
+    size: float  # the larger, the worse, within one kind
+    words: str
+
+
+def doubts(record: Record) -> list[Doubt]:
+    """All that makes the speed of one record doubtful; empty where nothing does."""
+    found = []
+    recompiles = _number(record, "compile", "recompiles") or 0
+    if recompiles > 0:
+        found.append(Doubt("recompiled", recompiles, f"{recompiles:,.0f} × recompiled during the run"))
+    others = _number(record, "gpu", "other_processes") or 0
+    if others > 0:
+        plural = "" if others == 1 else "es"
+        found.append(Doubt("shared", others, f"beside {others:,.0f} other process{plural} on the card"))
+    shares = _mapping(record, "gpu", "throttle_share")
+    for reason in shares:
+        share = _number(shares, reason) or 0
+        if share > THROTTLED_FROM:
+            usual = ", usual on a 70 W card" if reason == "sw_power_cap" else ""
+            words = f"throttled in {100 * share:.0f} % of readings: {reason.replace('_', ' ')}{usual}"
+            found.append(Doubt(reason, share, words))
+    low, high = _number(record, "gpu", "sm_clock_mhz_min"), _number(record, "gpu", "sm_clock_mhz_max")
+    if low is not None and high is not None and high - low > CLOCK_DRIFT * high:
+        found.append(Doubt("drift", high - low, f"SM clock between {low:,.0f} and {high:,.0f} MHz"))
+    if _flag(record, "timing", "steady") is False:
+        found.append(Doubt("unsteady", 1, "not steady after warm-up"))
+    return found
+
+
+def _doubts_of(group: Sequence[Record]) -> tuple[str, ...]:
+    """The worst doubt of each kind, and of how many records there is one."""
+    kinds: dict[str, list[Doubt]] = {}
+    for record in group:
+        for doubt in doubts(record):
+            kinds.setdefault(doubt.kind, []).append(doubt)
+    worst = [(max(found, key=lambda doubt: doubt.size).words, len(found)) for found in kinds.values()]
+    return tuple(words if count == len(group) else f"{words} ({count} of {len(group)} runs)" for words, count in worst)
+
+
 def caveats(row: Row) -> list[str]:
     """Why the speed in a row should be taken with care, in words; empty where there is no reason."""
-    found = {
-        f"{row.recompiles or 0:,.0f} × recompiled during the run": row.recompiles,
-        f"beside {row.other_processes or 0:,.0f} other processes on the card": row.other_processes,
-        f"{row.unsteady_n} of {row.n} not steady after warm-up": row.unsteady_n,
-        f"records of {len(row.code)} versions of the code": len(row.code) > 1,
-    }
-    return [text for text, holds in found.items() if holds]
+    return [*row.doubts, *([f"records of {len(row.code)} versions of the code"] if len(row.code) > 1 else [])]
+
+
+def energy_j_per_1000_images(record: Record) -> float | None:
+    """Joules of the GPU for 1,000 images of the timed region; None where the record does not tell."""
+    speed, seconds = _number(record, "throughput", "images_per_s"), _number(record, "timing", "train_s")
+    energy = _number(record, "gpu", "energy_j")
+    if speed is None or seconds is None or energy is None:
+        return None
+    try:
+        return stats.energy_j_per_1000_images(energy, speed * seconds)
+    except ValueError:
+        return None
 
 
 def _interval(samples: Sequence[float]) -> tuple[float | None, float | None]:

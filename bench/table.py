@@ -126,6 +126,7 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
             header="peak memory, process by NVML, MiB", right=True, cell=lambda row: figure(row.nvml_process_peak_mib)
         ),
     }
+    energy = {"energy": Column(header="energy, J/1,000 images", right=True, cell=lambda row: _energy(row, notes))}
     host = {
         "host": Column(header="peak memory, host RSS, MiB", right=True, cell=lambda row: figure(row.host_rss_peak_mib))
     }
@@ -138,6 +139,7 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
         "images": Column(header="images/s", right=True, cell=lambda row: _images(row, notes)),
         "speedup": Column(header="speed-up over eager", right=True, cell=lambda row: _speedup(row, notes)),
         **(memory if section.on_gpu else host),
+        **(energy if any(row.energy_j_per_1000_images is not None for row in section.rows) else {}),
         "metric": Column(header="metric by epoch", cell=lambda row: _metric(row, notes)),
         "target": Column(header="target", cell=_target),
         "time": Column(header="time to target, s", right=True, cell=lambda row: figure(row.train_s_to_target)),
@@ -185,6 +187,11 @@ def _speedup(row: Row, notes: Notes) -> str:
     return notes.mark(
         f"{figure(row.speedup_over_eager)} ×", f"recipe differs from eager's: {differs}" if differs else ""
     )
+
+
+def _energy(row: Row, notes: Notes) -> str:
+    source = "from sampled power instead of a counter" if row.energy_source == "sampled" else ""
+    return notes.mark(figure(row.energy_j_per_1000_images), source)
 
 
 def _metric(row: Row, notes: Notes) -> str:

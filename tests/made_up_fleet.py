@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from made_up_records import CPU, GPU, accuracy, make
+from made_up_records import CPU, GPU, accuracy, make, seen
 from PIL import Image
 
 from netdyno.bench.record import path_of
@@ -98,7 +98,8 @@ def record(
         },
     )
     if machine["gpu"]:
-        made["gpu"] = {"power_w_mean": 650.0 if machine is GPU else 68.0, "readings": 90}
+        power, source = (650.0, "counter") if machine is GPU else (68.0, "sampled")
+        made["gpu"] = seen(power * 180_000 / speed, source, power_w_mean=power)
         made["roofline"] = {
             "flop_per_s": speed * 2e8,
             "bytes_per_s": speed * 4e6,

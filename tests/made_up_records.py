@@ -96,7 +96,29 @@ def accuracy(metrics: list[Any], target: float | None = 99.0, **changes: Any) ->
     }
 
 
+def seen(energy_j: float, source: str = "counter", **changes: Any) -> dict[str, Any]:
+    """What NVML saw of a run that used `energy_j`."""
+    return {
+        "sm_clock_mhz_mean": 1965.2,
+        "sm_clock_mhz_min": 1950.0,
+        "sm_clock_mhz_max": 1980.0,
+        "mem_clock_mhz_mean": 3201.0,
+        "power_w_mean": 540.2,
+        "temperature_c_mean": 55.5,
+        "temperature_c_max": 57.0,
+        "utilisation_pct_mean": 88.1,
+        "throttle_share": {},
+        "energy_j": energy_j,
+        "energy_source": source,
+        "energy_sampled_j": energy_j,
+        "other_processes": 0,
+        "readings": 19,
+        **changes,
+    }
+
+
 EAGER: dict[str, Any] = {"tuning": "eager", "compile": None, "loader": "baseline"}
+CAPPED: dict[str, Any] = {"throttle_share": {"sw_power_cap": 0.263}, "sm_clock_mhz_min": 1500.0}
 
 
 def records() -> list[dict[str, Any]]:
@@ -109,10 +131,10 @@ def records() -> list[dict[str, Any]]:
     resnet = {"workload": "resnet50-transfer", "recipe": flowers, "accuracy": accuracy([20.0, 41.5], None)}
     quick = {"suite": "quick", "machine": CPU, "peak_allocated_mib": None, "nvml_process_peak_mib": None}
     return [
-        make(1, images_per_s=540_000.0, accuracy=accuracy([97.0, 99.1])),
-        make(2, images_per_s=550_000.0, accuracy=accuracy([97.2, 99.2]), seed=1),
-        make(3, images_per_s=530_000.0, accuracy=accuracy([97.4, 99.3]), seed=2),
-        make(4, images_per_s=45_000.0, **EAGER),
+        make(1, images_per_s=540_000.0, accuracy=accuracy([97.0, 99.1]), gpu=seen(1026.0)),
+        make(2, images_per_s=550_000.0, accuracy=accuracy([97.2, 99.2]), gpu=seen(1149.5), seed=1),
+        make(3, images_per_s=530_000.0, accuracy=accuracy([97.4, 99.3]), gpu=seen(1208.4, **CAPPED), seed=2),
+        make(4, images_per_s=45_000.0, gpu=seen(855.0, "sampled"), **EAGER),
         make(5, images_per_s=900_000.0, mode="compute", accuracy=None),
         make(6, images_per_s=10_100.5, recipe={"batch_size": 512, "epochs": 6}, **dcgan),
         make(7, images_per_s=5_050.25, recipe={"batch_size": 128, "epochs": 6}, **dcgan, **EAGER),

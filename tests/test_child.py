@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from made_up_records import seen
 from PIL import Image
 
 from netdyno.bench import child, machine, runner, step, train
@@ -95,12 +96,13 @@ def test_a_whole_record_has_every_key_of_its_description(data: Path, tmp_path: P
     record = runner.run(EAGER, data=data, results=tmp_path, machine=here, listen=lambda event: None)
     assert (record["status"], record["reason"]) == ("ok", None)
     keys = documented()
-    assert set(keys) == {"case", "timing", "throughput", "memory", "accuracy", "compile", "data", "machine"}
+    assert set(keys) == {"case", "timing", "throughput", "memory", "accuracy", "compile", "data", "machine", "gpu"}
     for name in ("case", "timing", "throughput", "memory", "data", "machine"):
         assert set(record[name]) == keys[name], name
     assert set(record["accuracy"]) == keys["accuracy"] - {"pictures"}  # a classifier makes none
     assert record["compile"] is record["roofline"] is None
-    assert set(record) == {*keys, "schema", "id", "created_utc", "status", "reason", "gpu", "roofline", "code"}
+    assert set(record) == {*keys, "schema", "id", "created_utc", "status", "reason", "roofline", "code"}
+    assert keys["gpu"] == {*seen(1.0), "failed_readings"}  # which tests/test_gpu.py compares with what the sampler says
 
     timing, throughput = record["timing"], record["throughput"]
     assert timing["steps"] == 4  # two epochs of 300 images at batch 128

@@ -355,13 +355,6 @@ def test_the_cold_start_of_a_cache_is_one_measurement_and_decides_nothing() -> N
     assert (row.verdict, row.decides, row.old_runs, row.new_runs) == ("AMBIGUOUS", False, 1, 1)
 
 
-def test_energy_comes_from_the_counter_else_from_the_mean_power() -> None:
-    record = make(1, images_per_s=1000.0, train_s=2.0, gpu={"power_w_mean": 300.0})
-    assert regress.energy_j_per_1000_images(record) == pytest.approx(300.0)  # 300 W for the second of 1,000 images
-    record["gpu"]["energy_j"] = 500.0
-    assert regress.energy_j_per_1000_images(record) == pytest.approx(250.0)  # 2,000 images
-
-
 def test_records_of_any_shape_raise_nothing() -> None:
     odd: list[Any] = [None, [], {}, "text", 7, math.nan, {"a": [None]}]
     for section in ("case", "machine", "timing", "throughput", "memory", "accuracy", "compile", "gpu", "data", "code"):
@@ -488,7 +481,7 @@ def session(noise: Noise, random: np.random.Generator, count: int) -> list[dict[
             "timing": {**base["timing"], "block_s": [round(1.28 * math.exp(-shared[number] + own[number] / 5), 6)]},
             "memory": {"nvml_process_peak_mib": 1536.0 + 2 * float(memory[number])},
             "compile": {"warm_s": round(6.5 * math.exp(-compile_s[number]), 3)},
-            "gpu": {"power_w_mean": round(300 * math.exp(power[number]), 1)},
+            "gpu": {"energy_j": round(570 * math.exp(power[number]), 1)},
         }
         for number in range(count)
     ]

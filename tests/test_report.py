@@ -198,7 +198,10 @@ def test_energy_and_cost(tmp_path: Path) -> None:
     shown = charts(view(page_of(made, prices=load.read_prices(prices)), "cost"))
     (speed,) = speeds(made, T4, "mnist-cnn", "tuned")
     t4 = "Tesla T4 · tuned"
-    assert points(shown["mnist-cnn, official data: images per joule"])[t4] == speed / 68.0
+    energy = shown["mnist-cnn, official data: energy for 1,000 images"]
+    assert points(energy)[t4] == pytest.approx(1000 * 68.0 / speed)
+    said = {series.name: set(series.said) for series in energy.series}
+    assert (said["NVIDIA H200"], said["Tesla T4"]) == ({"GPU alone, energy counter"}, {"GPU alone, sampled power"})
     dollars = shown["mnist-cnn, official data: images per dollar"]
     assert points(dollars)[t4] == speed * 3600 / 0.36
     assert "AMD EPYC, 2 cores · tuned" not in points(dollars)
@@ -206,14 +209,6 @@ def test_energy_and_cost(tmp_path: Path) -> None:
     seconds = next(m for m in made if m["machine"]["slug"] == T4["slug"])["accuracy"]["train_s_to_target"]
     price = points(shown["mnist-cnn, official data: price of reaching the target"])[t4]
     assert price == pytest.approx(seconds * 0.36 / 3600)
-
-
-def test_energy_prefers_the_counter() -> None:
-    made = one(gpu={"energy_j": 500.0, "power_w_mean": 10.0})
-    chart = charts(view(page_of([made]), "cost"))["dcgan, official data: images per joule"]
-    images = made["throughput"]["images_per_s"] * made["timing"]["train_s"]
-    assert points(chart)["Tesla T4 · tuned"] == images / 500.0
-    assert chart.series[0].said == ["GPU alone, energy counter"]
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,12 @@ class FakeGpu:
     def reading(self) -> dict[str, float]:
         return {"power_w": 100.0}
 
+    def reasons(self) -> None:
+        return None
+
+    def energy_j(self) -> None:
+        return None
+
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:

@@ -27,6 +27,13 @@ def curve(*rows: tuple[float, float | None]) -> list[dict]:
     return [{"epoch": epoch, "train_s": train_s, "metric": metric} for epoch, (train_s, metric) in enumerate(rows, 1)]
 
 
+def test_energy_for_1000_images() -> None:
+    assert stats.energy_j_per_1000_images(500.0, 2_000) == 250.0
+    for energy_j, images in ((0.0, 10), (-1.0, 10), (math.nan, 10), (math.inf, 10), (1e307, 1), (5.0, 0), (5.0, -1)):
+        with pytest.raises(ValueError, match="no energy"):
+            stats.energy_j_per_1000_images(energy_j, images)
+
+
 def test_images_per_s() -> None:
     assert stats.images_per_s(12_800, 2.0) == 6400.0
     for images, seconds in ((1, 0.0), (1, -1.0), (1, math.nan), (1, math.inf), (-1, 1.0)):

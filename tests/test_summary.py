@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 import pytest
-from made_up_records import CPU, DRAWN, EAGER, OFFICIAL, accuracy, make, records
+from made_up_records import CPU, DRAWN, EAGER, OFFICIAL, accuracy, make, records, seen
 
-from netdyno.bench.summary import Row, summarise
+from netdyno.bench.summary import Row, caveats, doubts, energy_j_per_1000_images, summarise
 
 
 def one(*made: dict[str, Any]) -> Row:
@@ -42,6 +42,67 @@ def test_a_record_that_misses_its_target_counts_as_endless() -> None:
     row = one(make(1, accuracy=missed), make(2, accuracy=reached), make(3, accuracy=accuracy([97.0, 99.0])))
     assert (row.reached_n, row.train_s_to_target) == (2, 10.0)  # the middle of 5, 10 and never
     assert one(make(1, accuracy=accuracy([90.0], None))).reached_n is None
+
+
+def test_energy_for_1000_images() -> None:
+    record = make(1, images_per_s=1000.0, train_s=2.0, gpu=seen(500.0))  # 2,000 images
+    assert energy_j_per_1000_images(record) == 250.0
+    for broken in (None, {}, {"power_w_mean": 300.0}, seen(0.0), seen(math.nan)):
+        assert energy_j_per_1000_images({**record, "gpu": broken}) is None
+    for broken in (None, 0.0, -1.0, "2"):
+        assert energy_j_per_1000_images(make(1, images_per_s=1000.0, train_s=broken, gpu=seen(500.0))) is None
+
+
+def test_the_counter_comes_before_sampled_power() -> None:
+    def run(number: int, energy_j: float, source: str) -> dict[str, Any]:
+        return make(number, images_per_s=1000.0, train_s=1.0, gpu=seen(energy_j, source))
+
+    sampled = [run(1, 100.0, "sampled"), run(2, 200.0, "sampled")]
+    row = one(*sampled)
+    assert (row.energy_j_per_1000_images, row.energy_source) == (150.0, "sampled")
+    row = one(*sampled, run(3, 300.0, "counter"), make(4, gpu=None))
+    assert (row.energy_j_per_1000_images, row.energy_source) == (300.0, "counter")
+    row = one(make(1))
+    assert (row.energy_j_per_1000_images, row.energy_source) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"gpu": seen(1.0)}, []),
+        ({"gpu": seen(1.0, throttle_share={"hw_slowdown": 0.05})}, []),
+        (
+            {"gpu": seen(1.0, throttle_share={"hw_slowdown": 0.051, "sw_power_cap": 0.834})},
+            [
+                "throttled in 5 % of readings: hw slowdown",
+                "throttled in 83 % of readings: sw power cap, usual on a 70 W card",
+            ],
+        ),
+        (
+            {"gpu": seen(1.0, throttle_share={"a\nlater_reason": 1.0})},
+            ["throttled in 100 % of readings: a later reason"],
+        ),
+        ({"gpu": seen(1.0, other_processes=2)}, ["beside 2 other processes on the card"]),
+        ({"gpu": seen(1.0, sm_clock_mhz_min=1881.0)}, []),
+        ({"gpu": seen(1.0, sm_clock_mhz_min=1880.0)}, ["SM clock between 1,880 and 1,980 MHz"]),
+        ({"gpu": {"sm_clock_mhz_mean": 900.0}}, []),  # an older record
+        ({"recompiles": 2}, ["2 × recompiled during the run"]),
+        ({"steady": False}, ["not steady after warm-up"]),
+        ({"steady": None}, []),
+    ],
+)
+def test_what_makes_the_speed_of_a_run_doubtful(changes: dict[str, Any], words: list[str]) -> None:
+    record = make(1, **changes)
+    assert [doubt.words for doubt in doubts(record)] == words
+    assert caveats(one(record)) == words
+
+
+def test_a_row_tells_the_worst_of_its_runs_and_how_many_there_are() -> None:
+    shares = ({"sync_boost": 0.1}, {"sync_boost": 0.7}, {})
+    row = one(*(make(n, steady=False, gpu=seen(1.0, throttle_share=share)) for n, share in enumerate(shares)))
+    assert caveats(row) == ["throttled in 70 % of readings: sync boost (2 of 3 runs)", "not steady after warm-up"]
+    assert one(make(1, status="failed", reason="x", steady=False)).doubts == ()
 
 
 def test_epochs_without_a_metric_keep_their_place() -> None:
@@ -154,8 +215,8 @@ JUNK = ["absent", None, "text", [], {}, True, math.nan, -math.inf, 10**400, -1, 
 
 @pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk)[:9])
 def test_any_part_of_a_record_may_be_missing_or_wrong(junk: Any) -> None:
-    for path in branches(make(1)):
-        record = make(9)
+    for path in branches(make(1, gpu=seen(1.0, throttle_share={"sync_boost": 0.5}))):
+        record = make(9, gpu=seen(1.0, throttle_share={"sync_boost": 0.5}))
         parent: Any = record
         for name in path[:-1]:
             parent = parent[name]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_records import CPU, DRAWN, EAGER, accuracy, make, records
+from made_up_records import CPU, DRAWN, EAGER, accuracy, make, records, seen
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -152,10 +152,10 @@ def test_rows_are_numeric_where_numbers_belong() -> None:
 
 def test_real_and_synthetic_data_never_share_a_table() -> None:
     drawn = make(2, images_per_s=321.0, data=DRAWN)
-    before, after = table.to_markdown([make(1), drawn]).split("### Suite full, synthetic data")
+    before, after = table.to_markdown([make(1, images_per_s=654.0), drawn]).split("### Suite full, synthetic data")
     assert "321" not in before
     assert "321" in after
-    assert "1,000" not in after
+    assert "654" not in after
 
 
 def test_the_readme_shows_the_full_suite_of_a_machine_where_there_is_one() -> None:
@@ -184,11 +184,19 @@ def test_rows_that_would_read_the_same_say_what_sets_them_apart() -> None:
 
 def test_what_weakens_a_number_stands_beside_it() -> None:
     beside = {"other_processes": 1, "readings": 9}
-    text = table.to_markdown([make(1, recompiles=2, code="1"), make(2, steady=False, gpu=beside, code="2")])
+    text = table.to_markdown([make(1, steady=False, code="1"), make(2, steady=False, gpu=beside, code="2")])
     assert (
-        "2 × recompiled during the run; beside 1 other processes on the card; 1 of 2 not steady after warm-up;"
-        " records of 2 versions of the code" in text
+        "not steady after warm-up; beside 1 other process on the card (1 of 2 runs); records of 2 versions of the code"
+        in text
     )
+
+
+def test_the_source_of_an_energy_that_no_counter_gave_stands_beside_it() -> None:
+    for source, mark in (("counter", ""), ("sampled", "¹")):
+        text = table.to_markdown([make(1, images_per_s=1000.0, gpu=seen(1900.0, source))])
+        assert cells(text)[2][9] == f"1,000 {mark}".strip()
+        assert ("- ¹ from sampled power instead of a counter" in text) == (source == "sampled")
+    assert "energy" not in table.to_markdown([make(1)])  # a column for nothing
 
 
 def test_targets() -> None:

@@ -79,8 +79,15 @@ COLUMNS = (
     _column("compile_cold_s", "compile.cold_s", "number", "first step and evaluation, empty compiler cache"),
     _column("compile_warm_s", "compile.warm_s", "number", "the same, filled cache"),
     _column("recompiles", "compile.recompiles", "number", "graphs compiled again in the timed region"),
+    _column("sm_clock_mhz_mean", "gpu.sm_clock_mhz_mean", "number", "mean SM clock of the GPU while training"),
+    _column("sm_clock_mhz_min", "gpu.sm_clock_mhz_min", "number", "lowest of them while it was busy"),
+    _column("sm_clock_mhz_max", "gpu.sm_clock_mhz_max", "number", "highest of them while it was busy"),
+    _column("throttle_share", "gpu.throttle_share", "json", "share of readings in which each reason slowed it"),
+    _column("other_processes", "gpu.other_processes", "number", "on the GPU beside the run, the most at once"),
     _column("power_w_mean", "gpu.power_w_mean", "number", "mean power of the GPU while training"),
-    _column("energy_j", "gpu.energy_j", "number", "energy of the GPU while training, by its counter"),
+    _column("energy_j", "gpu.energy_j", "number", "energy of the GPU while training"),
+    _column("energy_source", "gpu.energy_source", "text", "counter: its own; sampled: mean power by time"),
+    _column("energy_sampled_j", "gpu.energy_sampled_j", "number", "the same energy from sampled power, to compare"),
     _column("code", "code", "text", "digest of the sources that decide a measurement"),
 )
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..stats import median
-from ..summary import at
 from ..table import figure
 from .blocks import Block, Chart, Series, Text
 from .book import Book, Entry, Panel
@@ -71,6 +69,7 @@ def _owners(entry: Entry) -> dict[str, float]:
 
 
 # Energy and cost
+SOURCES = {"counter": "GPU alone, energy counter", "sampled": "GPU alone, sampled power"}  # of an energy
 
 
 def cost(book: Book, panels: Sequence[Panel], prices: Prices | None) -> list[Block]:
@@ -81,7 +80,7 @@ def cost(book: Book, panels: Sequence[Panel], prices: Prices | None) -> list[Blo
         for place, entry in enumerate(panel.entries):
             if not entry.ok:
                 continue
-            joule, how = _images_per_joule(entry)
+            joule, how = entry.row.energy_j_per_1000_images, SOURCES.get(entry.row.energy_source or "", "")
             energy.append(Point(entry=entry, category=names[place], value=joule, said=how))
             price = prices.of(entry.row.machine, entry.row.gpu) if prices else None
             if price is not None:
@@ -92,9 +91,8 @@ def cost(book: Book, panels: Sequence[Panel], prices: Prices | None) -> list[Blo
                 whole = seconds * price / 3600 if seconds is not None else None
                 to_target.append(Point(entry=entry, category=names[place], value=whole, said=said))
         differs = panel.differs
-        blocks += by_machine(
-            book, energy, title=f"{panel.title}: images per joule", value_label="images/J", notes=differs
-        )
+        title = f"{panel.title}: energy for 1,000 images"
+        blocks += by_machine(book, energy, title=title, value_label="J/1,000 images", notes=differs)
         if prices is not None:
             source = [f"Prices: {prices.source}.", *differs]
             blocks += by_machine(
@@ -106,21 +104,6 @@ def cost(book: Book, panels: Sequence[Panel], prices: Prices | None) -> list[Blo
     if blocks and prices is None:
         blocks.insert(0, Text(text="No prices were given: netdyno report --prices FILE adds images per dollar."))
     return blocks
-
-
-def _images_per_joule(entry: Entry) -> tuple[float | None, str]:
-    """From the energy counter where the record has it, else from the mean of sampled power; of the GPU alone."""
-    counted, sampled = [], []
-    for one in entry.found:
-        speed, seconds = at(one.record, "throughput", "images_per_s"), at(one.record, "timing", "train_s")
-        energy, power = at(one.record, "gpu", "energy_j"), at(one.record, "gpu", "power_w_mean")
-        if speed and seconds and energy:
-            counted.append(speed * seconds / energy)
-        if speed and power:
-            sampled.append(speed / power)
-    if counted:
-        return median(counted), "GPU alone, energy counter"
-    return (median(sampled), "GPU alone, mean of sampled power") if sampled else (None, "")
 
 
 # Roofline
