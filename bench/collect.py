@@ -2,12 +2,14 @@
 
 A pack is a zip file that holds `<machine>/machine.json`, `<machine>/<workload>/<record>.json` and the pictures that the
 records list. It comes from somebody else, so that nothing in it is believed: every name, size and value is checked
-before the first file is written, every record must lie where its own content puts it, and nothing is ever replaced.
+before the first file is written, every record must lie where its own content puts it, and nothing is ever replaced: a
+machine that has no ceilings yet gets those of the pack, and keeps them.
 No torch in here.
 """
 
 import hashlib
 import io
+import json
 import re
 import struct
 import zipfile
@@ -61,7 +63,7 @@ def pack(results: Path, machine: str | None = None, out: Path | None = None) -> 
     """Packs the records of one machine; the only one where `machine` is None.
 
     `out` is `<machine>.netdyno.zip` unless given. UserError where the machine is not there or not the only one, a
-    record is not valid, or `out` cannot be written.
+    record or the machine.json is not valid, or `out` cannot be written.
     """
     machine = machine or _only_machine(results)
     if not NAME.fullmatch(machine):
@@ -86,6 +88,7 @@ def pack(results: Path, machine: str | None = None, out: Path | None = None) -> 
         raise UserError(f"there is no record in {folder}; make some with: netdyno run")
     described = _bytes(folder / "machine.json")
     if described is not None:
+        _machine(described, f"{machine}/machine.json", str(folder / "machine.json"))
         files[f"{machine}/machine.json"] = described
     out = out or Path(f"{machine}.netdyno.zip")
     write_atomically(out, _zip(files))
@@ -131,6 +134,7 @@ def merge(packs: list[Path], results: Path) -> list[Merged]:
     merged = []
     for path, files in opened:
         new = {name: content for name, content in files.items() if not (results / name).exists()}
+        new |= _with_ceilings(results, files)
         for name in sorted(new, key=lambda name: name.endswith(".json")):  # a record comes after its pictures
             write_atomically(results / name, new[name])
         records = [name for name in files if _is_record(name)]
@@ -138,6 +142,18 @@ def merge(packs: list[Path], results: Path) -> list[Merged]:
         machines = tuple(sorted({name.split("/")[0] for name in files}))
         merged.append(Merged(pack=path, machines=machines, added=added, known=len(records) - added))
     return merged
+
+
+def _with_ceilings(results: Path, files: dict[str, bytes]) -> dict[str, bytes]:
+    """The machines that are there without ceilings, with those of the pack: they may have been measured later."""
+    found = {}
+    for name, content in files.items():
+        if name.endswith("/machine.json") and (there := _bytes(results / name)) is not None:
+            ours, theirs = json.loads(there), json.loads(content)
+            if not ours.get("ceilings") and theirs.get("ceilings"):
+                described = ours | {"ceilings": theirs["ceilings"]}
+                found[name] = json.dumps(described, indent=1).encode() + b"\n"
+    return found
 
 
 def _open(pack: Path) -> dict[str, bytes]:

@@ -162,11 +162,29 @@ def load_all(results: Path) -> list[Record]:
 
 
 def save_machine(machine: dict[str, Any], results: Path) -> None:
-    """Writes `results/<machine>/machine.json`: the hardware alone, since versions change from run to run."""
+    """Writes `results/<machine>/machine.json` unless it is there: the hardware alone, since versions change."""
     path = results / machine["slug"] / "machine.json"
     if not path.exists():
         hardware = {name: value for name, value in machine.items() if name != "versions"}
         write_atomically(path, json.dumps(hardware, indent=1).encode() + b"\n")
+
+
+def save_ceilings(ceilings: dict[str, Any], machine: dict[str, Any], results: Path) -> Path:
+    """Puts measured ceilings into `results/<machine>/machine.json`, in place of earlier ones; all else in it stays.
+
+    Returns the file. UserError where it is there and holds no object of JSON, or cannot be written.
+    """
+    save_machine(machine, results)
+    path = results / machine["slug"] / "machine.json"
+    try:
+        described = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); mend or remove it") from error
+    if not isinstance(described, dict):
+        raise UserError(f"{path} describes no machine; mend or remove it")
+    content = json.dumps(described | {"ceilings": ceilings}, indent=1, allow_nan=False)
+    write_atomically(path, content.encode() + b"\n")
+    return path
 
 
 def code_hash() -> str:

@@ -130,6 +130,12 @@ def _share(value: Any, where: str) -> Iterator[str]:
         yield f"{where} is more than the whole"
 
 
+def _rate(value: Any, where: str) -> Iterator[str]:
+    yield from _number(value, where)
+    if isinstance(value, (int, float)) and not value > 0:
+        yield f"{where} is not above zero"
+
+
 def _count(value: Any, where: str) -> Iterator[str]:
     yield from _measure(value, where)
     if isinstance(value, float) and (not math.isfinite(value) or value != int(value)):
@@ -240,6 +246,17 @@ _EPOCH = _object(
     },
     required=("epoch",),
 )
+CEILINGS = _object(
+    {
+        "measured_utc": _time,
+        "torch": _text,
+        **dict.fromkeys(("matmul_bf16_tflops", "matmul_fp16_tflops", "matmul_fp32_tflops", "copy_gb_per_s"), _rate),
+        "matmul_sm_clock_mhz": _or_null(_measure),
+        "copy_buffer_mib": _or_null(_measure),
+        "other_processes": _or_null(_count),
+    },
+    required=("measured_utc", "torch", "copy_gb_per_s"),
+)
 MACHINE = _object(
     {
         "slug": _name,
@@ -249,6 +266,7 @@ MACHINE = _object(
         "memory_gib": _or_null(_measure),
         "os": _or_null(_text),
         "versions": _or_null(_table(_or_null(_text))),
+        "ceilings": _or_null(CEILINGS),
     },
     required=("slug",),
 )

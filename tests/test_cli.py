@@ -14,7 +14,7 @@ from made_up_records import make, records
 from netdyno.bench import cli, machine, runner, table
 from netdyno.bench.data import fetch, prepared, synthetic, weights
 from netdyno.bench.errors import UserError
-from netdyno.bench.record import load_all, new_record, path_of, save
+from netdyno.bench.record import load_all, new_record, path_of, save, save_ceilings
 from netdyno.bench.workloads import Case, describe, find, names, resolve
 
 # A new option is a decision: settings of a case belong into bench/workloads.py and bench/tuning.py.
@@ -30,6 +30,7 @@ history CASE --results --plot
 report [RESULTS]... --output -o --format --base --prices
 pack --machine --output -o --results
 merge [PACK]... --results
+doctor --results
 data list --data
 data fetch [NAME]... --data
 data verify [NAME]... --data
@@ -263,6 +264,12 @@ def test_a_run_from_end_to_end(netdyno: Any, runs: Runs, tmp_path: Path) -> None
     assert "metric by epoch" in ended.out
     assert ended.out.endswith("4 records written to results/some-machine\n")
     assert json.loads(Path("results/some-machine/machine.json").read_text())["cores"] == 2
+
+
+def test_a_run_keeps_the_ceilings(netdyno: Any, runs: Runs) -> None:
+    path = save_ceilings({"copy_gb_per_s": 10.0}, machine.describe(), Path("results"))
+    assert not netdyno("run", "mnist-cnn", "--tuning", "eager").code
+    assert json.loads(path.read_text())["ceilings"] == {"copy_gb_per_s": 10.0}
 
 
 @pytest.mark.parametrize(

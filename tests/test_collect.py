@@ -14,8 +14,15 @@ from PIL import Image
 
 from netdyno.bench import collect
 from netdyno.bench.errors import UserError
-from netdyno.bench.record import path_of
+from netdyno.bench.record import path_of, save_ceilings, save_machine
 
+CEILINGS = {
+    "measured_utc": "2026-11-24T12:00:00Z",
+    "torch": "2.11.0",
+    "matmul_fp16_tflops": 24.0,
+    "matmul_sm_clock_mhz": 900.0,
+    "copy_gb_per_s": 240.0,
+}
 Made = dict[str, Any]
 
 
@@ -240,6 +247,34 @@ def test_merge_knows_two_machines_of_one_name(tmp_path: Path) -> None:
     ours.write_text(json.dumps(T4 | {"cores": 64}))
     with pytest.raises(UserError, match=r"other hardware .*: cores"):
         collect.merge([path], results)
+
+
+def described(folder: Path) -> Any:
+    return json.loads((folder / T4["slug"] / "machine.json").read_text())
+
+
+def test_ceilings_travel_and_are_not_replaced(tmp_path: Path) -> None:
+    results, others = write([one()], tmp_path / "results"), tmp_path / "others"
+    save_machine(T4, results)
+    collect.merge([collect.pack(results, out=tmp_path / "before.zip").file], others)
+    assert "ceilings" not in described(others)
+    save_ceilings(CEILINGS, T4, results)
+    collect.merge([collect.pack(results, out=tmp_path / "after.zip").file], others)
+    assert described(others) == described(results)  # measured after the first pack was made
+    save_ceilings(CEILINGS | {"copy_gb_per_s": 1.0}, T4, results)
+    collect.merge([collect.pack(results, out=tmp_path / "again.zip").file], others)
+    assert described(others)["ceilings"] == CEILINGS
+
+
+def test_ceilings_are_checked_where_they_are_packed_and_merged(tmp_path: Path) -> None:
+    results = write([one()], tmp_path / "results")
+    path = save_ceilings(CEILINGS | {"copy_gb_per_s": 0}, T4, results)
+    with pytest.raises(UserError, match=rf"{path}: machine\.ceilings\.copy_gb_per_s is not above zero"):
+        collect.pack(results)
+    files = contents(one()) | {f"{T4['slug']}/machine.json": path.read_bytes()}
+    with pytest.raises(UserError, match=r"machine\.ceilings\.copy_gb_per_s is not above zero"):
+        collect.merge([packed(files, tmp_path / "pack.zip")], tmp_path / "others")
+    assert not (tmp_path / "others").exists()
 
 
 def test_messages_hold_no_control_characters(tmp_path: Path) -> None:

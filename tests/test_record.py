@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,17 @@ from made_up_records import make
 
 from netdyno.bench import record as records
 from netdyno.bench.errors import UserError
-from netdyno.bench.record import LARGEST_BYTES, check_writable, load, load_all, new_record, path_of, save, save_machine
+from netdyno.bench.record import (
+    LARGEST_BYTES,
+    check_writable,
+    load,
+    load_all,
+    new_record,
+    path_of,
+    save,
+    save_ceilings,
+    save_machine,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -163,6 +174,36 @@ def test_machine_json_holds_the_hardware_and_is_written_once(tmp_path: Path) -> 
     path.write_text("kept")
     save_machine(machine, tmp_path)
     assert path.read_text() == "kept"
+
+
+def test_ceilings_replace_earlier_ones_and_outlast_runs(tmp_path: Path) -> None:
+    machine = make(1)["machine"]
+    path = save_ceilings({"copy_gb_per_s": 1.0, "matmul_fp16_tflops": 2.0}, machine, tmp_path)
+    assert path == tmp_path / machine["slug"] / "machine.json"
+    save_ceilings({"copy_gb_per_s": 3.0}, machine, tmp_path)
+    save_machine(machine, tmp_path)
+    hardware = {name: value for name, value in machine.items() if name != "versions"}
+    assert json.loads(path.read_text()) == hardware | {"ceilings": {"copy_gb_per_s": 3.0}}
+
+
+def test_ceilings_keep_what_is_in_the_file(tmp_path: Path) -> None:
+    machine = make(1)["machine"]
+    save_machine(machine, tmp_path)
+    path = tmp_path / machine["slug"] / "machine.json"
+    path.write_text(json.dumps({"slug": machine["slug"], "note": "mine"}))
+    save_ceilings({"copy_gb_per_s": 3.0}, machine, tmp_path)
+    assert json.loads(path.read_text())["note"] == "mine"
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_ceilings_do_not_overwrite_a_file_that_is_no_machine(tmp_path: Path, content: str) -> None:
+    machine = make(1)["machine"]
+    save_machine(machine, tmp_path)
+    path = tmp_path / machine["slug"] / "machine.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        save_ceilings({"copy_gb_per_s": 3.0}, machine, tmp_path)
+    assert path.read_text() == content
 
 
 def test_the_code_hash_follows_what_decides_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,25 @@ def test_the_state_of_the_gpu(changes: dict[str, Any], problem: str) -> None:
     assert list(schema.problems(one(gpu=seen(1.0) | changes))) == [problem]
 
 
+@pytest.mark.parametrize(
+    ("ceilings", "says"),
+    [
+        ({"matmul_bf16_tflops": 700.0, "matmul_sm_clock_mhz": None, "later": [1]}, []),
+        ({"matmul_fp32_tflops": "fast"}, ["machine.ceilings.matmul_fp32_tflops is no number"]),
+        ({"matmul_fp16_tflops": -1.0}, ["machine.ceilings.matmul_fp16_tflops is not above zero"]),
+        ({"copy_gb_per_s": 1e30}, ["machine.ceilings.copy_gb_per_s is beyond any measurement"]),
+        ({"other_processes": 0.5}, ["machine.ceilings.other_processes is no whole number"]),
+        ({"measured_utc": "today"}, ["machine.ceilings.measured_utc is no time such as 2026-11-23T12:34:56Z"]),
+    ],
+)
+def test_ceilings(ceilings: dict[str, Any], says: list[str]) -> None:
+    whole = {"measured_utc": "2026-11-24T12:00:00Z", "torch": "2.11.0", "copy_gb_per_s": 240.0}
+    assert list(schema.machine_problems({"slug": "a", "ceilings": whole | ceilings})) == says
+    for name in whole:
+        less = {key: value for key, value in whole.items() if key != name}
+        assert list(schema.machine_problems({"slug": "a", "ceilings": less})) == [f"machine.ceilings.{name} is missing"]
+
+
 @pytest.mark.parametrize("text", ['{"schema": NaN}', '{"schema": 1, "schema": 1}', "\ud800", "[1", '"x"'], ids=ascii)
 def test_strict_json(text: str, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
