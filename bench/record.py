@@ -45,7 +45,7 @@ SECTIONS = ("timing", "throughput", "memory", "accuracy", "compile", "gpu", "roo
 MEASURES: tuple[str, ...] = (
     *(
         f"bench/{name}.py"
-        for name in ("capture", "child", "gpu", "measure", "metrics", "order", "runner", "step", "train")
+        for name in ("basis", "capture", "child", "gpu", "measure", "metrics", "order", "runner", "step", "train")
     ),
     *("bench/tuning.py", "bench/workloads.py", "bench/data", "kernels", "models"),
 )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..models.dcgan import LATENT
+from .basis import Coordinates
 from .capture import Captured
 from .tuning import Tuning
 from .workloads import Recipe, Workload
@@ -30,7 +31,9 @@ class Player:
 
     def __init__(self, network: nn.Module, recipe: Recipe, tuning: Tuning, device: torch.device, steps: int) -> None:
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.optimizer = make_optimizer(parameters, recipe, tuning)
+        self._coordinates = Coordinates(parameters) if recipe.basis == "frequencies" else None
+        trained = parameters if self._coordinates is None else self._coordinates.trained
+        self.optimizer = make_optimizer(trained, recipe, tuning)
         self.scaler = torch.amp.GradScaler(device.type, enabled=tuning.precision == "fp16")
         self._new_scaler = self.scaler.state_dict()
         self._captured = tuning.capture
@@ -46,6 +49,8 @@ class Player:
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     value.zero_()
+        if self._coordinates is not None:
+            self._coordinates.read()
         self.scaler.load_state_dict(self._new_scaler)
         self._done.zero_()
 
@@ -61,8 +66,12 @@ class Player:
             group["lr"] = self._ahead[0]
         self._ahead = self._ahead[1:]
         self.scaler.scale(loss).backward()
+        if self._coordinates is not None:
+            self._coordinates.take_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self._coordinates is not None:
+            self._coordinates.write_back()
         self.optimizer.zero_grad(set_to_none=True)
 
 

@@ -4,10 +4,13 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
+from statistics import median
 
 import pytest
 
 from netdyno.bench.errors import UserError
+from netdyno.bench.record import load_all
 from netdyno.bench.workloads import (
     SUITES,
     WORKLOADS,
@@ -83,6 +86,21 @@ def test_data_metrics_and_targets_of_the_design() -> None:
     assert {workload.division for workload in found.values()} == {"closed"}
 
 
+@pytest.mark.parametrize("name", ["cifar10-cnn", "conv-autoencoder"])
+def test_targets_are_the_medians_of_the_source_recipe(name: str) -> None:
+    """Of five seeds, as the committed records have them."""
+    recorded = load_all(Path(__file__).parent.parent / "results")
+    runs = [run for run in recorded if (run["case"]["workload"], run["case"]["suite"]) == (name, "source")]
+    assert sorted(run["case"]["seed"] for run in runs) == [0, 1, 2, 3, 4]
+    assert {(run["status"], run["data"]["synthetic"]) for run in runs} == {("ok", False)}
+    case = Case(workload=name, suite="source", tuning="fp32")
+    recipe = json.loads(json.dumps(describe(case, resolve(case))["recipe"]))
+    for run in runs:  # settings that came later are at their defaults
+        assert run["case"]["recipe"] == {key: recipe[key] for key in run["case"]["recipe"]}
+    assert find(name).target == median(run["accuracy"]["final"] for run in runs)
+    assert SUITES["source"](find(name)).target is None
+
+
 @each
 def test_quick_takes_enough_steps_and_has_no_target(make: Callable[[], Workload]) -> None:
     quick = SUITES["quick"](make())
@@ -105,7 +123,7 @@ def test_quick_changes_the_recipe_but_not_the_work(make: Callable[[], Workload])
 
 
 @each
-def test_source_augments_files_but_not_arrays(make: Callable[[], Workload]) -> None:
+def test_source_augments_flowers_alone(make: Callable[[], Workload]) -> None:
     full, source = make().preprocess, SUITES["source"](make()).preprocess
     if make().name == "resnet50-transfer":
         assert source == full
