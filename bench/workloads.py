@@ -178,7 +178,7 @@ def conv_autoencoder() -> Workload:
     """CIFAR-10 images rebuilt from 4 channels. Source: Adam 1e-3, batch 32, 100 epochs; its median is the target."""
     recipe = Recipe(
         batch_size=128,
-        epochs=30,
+        epochs=40,
         optimizer="adam",
         learning_rate=2e-2,
         momentum=0.9,
