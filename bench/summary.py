@@ -225,8 +225,7 @@ def doubts(record: Record) -> list[Doubt]:
     for reason in shares:
         share = _number(shares, reason) or 0
         if share > THROTTLED_FROM:
-            usual = ", usual on a 70 W card" if reason == "sw_power_cap" else ""
-            words = f"throttled in {100 * share:.0f} % of readings: {reason.replace('_', ' ')}{usual}"
+            words = f"throttled in {100 * share:.0f} % of readings: {reason.replace('_', ' ')}"
             found.append(Doubt(reason, share, words))
     low, high = _number(record, "gpu", "sm_clock_mhz_min"), _number(record, "gpu", "sm_clock_mhz_max")
     if low is not None and high is not None and high - low > CLOCK_DRIFT * high:
