@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from . import cli_doctor, cli_regress, cli_report
+from . import cli_doctor, cli_project, cli_regress, cli_report
 from . import table as tables
 from .errors import UserError
 from .progress import outcome, show
@@ -302,6 +302,7 @@ def verify(names: SetNames = None, data: DataOption = None) -> None:
 cli_regress.register(app)  # compare, gate, baseline update, ab, bisect, history
 cli_report.register(app)  # report, pack, merge
 cli_doctor.register(app)  # doctor
+cli_project.register(app)  # project
 
 
 def say(line: str, style: str | None = None) -> None:

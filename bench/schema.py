@@ -361,7 +361,8 @@ RECORD = _object(
         "roofline": _or_null(
             _object(
                 dict.fromkeys(
-                    ("flop_per_s", "bytes_per_s", "ceiling_flop_per_s", "ceiling_bytes_per_s"), _or_null(_measure)
+                    ("flop_per_s", "bytes_per_s", "ceiling_flop_per_s", "ceiling_bytes_per_s", "share"),
+                    _or_null(_measure),
                 )
             )
         ),

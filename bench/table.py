@@ -289,19 +289,21 @@ def _markdown_notes(notes: Notes, section: Section) -> list[str]:
 
 
 def _aligned(columns: Sequence[Column], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose source lines up too."""
-    lines = [[column.header for column in columns], *([escape(cell) for cell in line] for line in body)]
-    widths = [max(3, *(cell_len(cell) for cell in cells)) for cells in zip(*lines, strict=True)]
-    rule = [
-        "-" * (width - 1) + ":" if column.right else "-" * width for column, width in zip(columns, widths, strict=True)
-    ]
+    return aligned([column.header for column in columns], [column.right for column in columns], body)
 
-    def padded(cell: str, column: Column, width: int) -> str:
+
+def aligned(headers: Sequence[str], right: Sequence[bool], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose source lines up too; columns are set flush right where `right` says so."""
+    lines = [list(headers), *([escape(cell) for cell in line] for line in body)]
+    widths = [max(3, *(cell_len(cell) for cell in cells)) for cells in zip(*lines, strict=True)]
+    rule = ["-" * (width - 1) + ":" if flush else "-" * width for flush, width in zip(right, widths, strict=True)]
+
+    def padded(cell: str, flush: bool, width: int) -> str:
         space = " " * (width - cell_len(cell))
-        return space + cell if column.right else cell + space
+        return space + cell if flush else cell + space
 
     lines.insert(1, rule)
-    return "\n".join("| " + " | ".join(map(padded, line, columns, widths)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(padded, line, right, widths)) + " |" for line in lines)
 
 
 def escape(text: str) -> str:

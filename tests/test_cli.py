@@ -31,6 +31,7 @@ report [RESULTS]... --output -o --format --base --prices
 pack --machine --output -o --results
 merge [PACK]... --results
 doctor --results
+project [WORKLOAD]... --gpu
 data list --data
 data fetch [NAME]... --data
 data verify [NAME]... --data
@@ -550,6 +551,17 @@ def test_data_commands_look_where_runs_do(netdyno: Any, tmp_path: Path, monkeypa
     assert netdyno("data", "list").out.startswith(f"{prepared.default_root()}\n")
     monkeypatch.setenv("NETDYNO_DATA", str(tmp_path / "mine"))
     assert netdyno("data", "list").out.startswith(f"{tmp_path / 'mine'}\n")
+
+
+def test_project(netdyno: Any) -> None:
+    ended = netdyno("project", "mnist-cnn", "--gpu", "l4")
+    assert (ended.code or 0, ended.err) == (0, "")
+    assert ended.out.startswith("L4, projected: ")
+    assert re.search(r"^\| mnist-cnn +\| projected \|", ended.out, re.MULTILINE)
+    assert "cifar10-cnn" not in ended.out
+    assert "DeepLearningExamples" in ended.out
+    assert "unknown workload" in complaint(netdyno("project", "lenet"))
+    assert "'k80' is not one of" in complaint(netdyno("project", "--gpu", "k80"))
 
 
 def test_every_option_names_itself() -> None:

@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "models", "kernels")
-WITHOUT_TORCH = ("stats", "table", "record", "schema", "collect", "report.html", "report.markdown", "report.export")
+WITHOUT_TORCH = (
+    *("stats", "table", "record", "schema", "collect", "report.html", "report.markdown", "report.export"),
+    *("layers", "roofline", "cards", "project", "projected"),
+)
 
 
 def python(*arguments: str, cwd: Path, path: Path | None = None, timeout_s: float = 120) -> str:
@@ -62,7 +65,7 @@ def test_wheel_holds_every_module_and_nothing_else_at_top_level(wheel: Path) -> 
     sources = {f"netdyno/{path.relative_to(ROOT).as_posix()}" for folder in FOLDERS for path in modules(folder)}
     assert {name for name in names if name.endswith(".py")} == sources
     page = {f"netdyno/bench/report/page.{suffix}" for suffix in ("html", "css", "js")}
-    assert page <= names
+    assert page | {"netdyno/bench/layers.csv"} <= names
 
 
 def test_wheel_names_its_command_and_licence(wheel: Path) -> None:

@@ -1,0 +1,144 @@
+"""Projections: their arithmetic by hand, what they were fitted to, and figures to which they were not."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from netdyno.bench import projected
+from netdyno.bench.cards import CARDS, Card, Rate
+from netdyno.bench.layers import Layer
+from netdyno.bench.project import (
+    FLOOR_S,
+    OBSERVED,
+    PUBLISHED,
+    UNFOLDED,
+    interval_factor,
+    memory_mib,
+    misses,
+    predict,
+    project,
+    step_s,
+)
+from netdyno.bench.roofline import RESNET50_TRAINING, STEPS, Kernel
+from netdyno.bench.workloads import find
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = Card(
+    name="a card",
+    half_tflops=Rate(peak=2, rate=1),
+    single_tflops=Rate(peak=0.2, rate=0.1),
+    gb_per_s=Rate(peak=2, rate=1),
+    memory_mib=1_000,
+)
+
+
+def convolution(channels_in: int, channels_out: int) -> Layer:
+    shape = {"channels_in": channels_in, "channels_out": channels_out}
+    return Layer(network="", op="conv", inputs=0, outputs=0, weights=0, flops=0, **shape)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "precision", "seconds"),
+    [
+        (Kernel(kind="matrix", layer=convolution(64, 128), flops=10**9, bytes=10**5), "half", 10e9 / 1e12),
+        (Kernel(kind="matrix", layer=convolution(32, 16), flops=10**9, bytes=10**5), "half", 8 * 10e9 / 1e12),
+        (Kernel(kind="matrix", layer=convolution(32, 16), flops=10**9, bytes=10**5), "fp32", 10e9 / 1e11),
+        (Kernel(kind="matrix", layer=convolution(64, 64), flops=10**6, unfolded_bytes=10**6), "half", 18e6 / 1e9),
+        (Kernel(kind="pass", bytes=10**6), "half", 10e6 / 1e9),
+        (Kernel(kind="weights", step_bytes=10**6), "half", 1e6 / 1e9),
+    ],
+)
+def test_a_kernel_by_hand(kernel: Kernel, precision: str, seconds: float) -> None:
+    """Ten images; the longer of arithmetic and traffic, and the floor."""
+    assert step_s([kernel], 10, PLAIN, precision, floor_s=1e-3, unfolded=1.8) == pytest.approx(seconds + 1e-3)
+
+
+def test_cards_sustain_no_more_than_their_peaks() -> None:
+    for card in CARDS.values():
+        for rate in (card.half_tflops, card.single_tflops, card.gb_per_s):
+            assert 0.3 < rate.rate / rate.peak <= 1
+
+
+# What it is fitted to
+
+
+def test_constants_fit_the_observations_best() -> None:
+    def cost(**constants: float) -> float:
+        return sum(miss**2 for miss in misses(**constants))
+
+    for change in (0.9, 1.1):
+        assert cost() < cost(floor_s=change * FLOOR_S)
+        assert cost() < cost(unfolded=change * UNFOLDED)
+
+
+def test_observations_are_what_their_records_hold() -> None:
+    for one in OBSERVED:
+        for path in (ROOT / "results").glob(f"*/{one.workload}/*-{one.record}.json") if one.record else ():
+            record: dict[str, Any] = json.loads(path.read_text())
+            busy_s = (
+                record["gpu"]["utilisation_pct_mean"] / 100 * record["timing"]["train_s"] / record["timing"]["steps"]
+            )
+            assert record["case"]["recipe"]["batch_size"] == one.batch
+            assert one.step_us == pytest.approx(1e6 * busy_s, rel=0.01)
+
+
+def test_interval_is_narrow_enough_to_mean_something() -> None:
+    assert interval_factor() ** 2 <= 2
+    assert interval_factor() > math.exp(1.78 * 0.1)
+
+
+# What it is not fitted to
+
+
+@pytest.mark.parametrize("one", PUBLISHED, ids=lambda one: f"{one.name} {one.gpu}")
+def test_published_figures_lie_inside(one: Any) -> None:
+    found = predict(one)
+    assert found.high <= 2 * found.low
+    if one.loader_bound:
+        assert one.images_per_s < found.low  # two CPU cores decode no more; the card could do more
+    else:
+        assert found.low <= one.images_per_s <= found.high
+
+
+@pytest.mark.parametrize(
+    ("workload", "batch", "optimizer", "peak_mib"),  # of the process, by NVML, on an H200
+    [
+        ("mnist-cnn", 256, "sgd", 976),
+        ("cifar10-cnn", 512, "sgd", 1184),
+        ("cifar100-cnn", 256, "adam", 1632),
+        ("dcgan", 128, "adam", 3650),
+        ("resnet50-transfer", 32, "adam", 1468),
+    ],
+)
+def test_memory_is_near_what_was_measured(workload: str, batch: int, optimizer: str, peak_mib: float) -> None:
+    assert memory_mib(STEPS[workload], batch, optimizer) == pytest.approx(peak_mib, rel=0.1)
+
+
+def test_what_ran_on_16_gb_fits_there_and_twice_of_it_does_not() -> None:
+    assert project(RESNET50_TRAINING, 256, "sgd", CARDS["v100"]).fits(CARDS["v100"])
+    assert not project(RESNET50_TRAINING, 512, "sgd", CARDS["v100"]).fits(CARDS["v100"])
+
+
+# As it is shown
+
+
+def test_every_line_says_that_it_is_projected() -> None:
+    lines = [line for table in projected.page_tables().values() for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == 3 * 2 + 6 + 6 + len(PUBLISHED)
+    assert [line for line in lines if "projected" not in line and "images/s" not in line and "---" not in line] == []
+
+
+def test_a_card_too_small_and_a_network_that_nobody_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "does not fit 1,000 MiB" in projected.speeds(PLAIN, [find("mnist-cnn")])
+    monkeypatch.setattr(projected, "STEPS", {})
+    assert "not counted" in projected.speeds(PLAIN, [find("mnist-cnn")])
+
+
+def test_documentation_shows_these_tables() -> None:
+    page = (ROOT / "docs" / "projection.md").read_text()
+    assert projected.fill(page) == page, "run: python -m netdyno.bench.projected"
+    assert re.findall(r"<!-- (\w+):begin -->", page) == list(projected.page_tables())
