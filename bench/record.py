@@ -20,7 +20,9 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
                 readings, by reason), energy_j, energy_source (counter or sampled), energy_sampled_j,
                 other_processes (the most at once), readings, failed_readings (all in the timed region, without what
                 the card does not tell; when energy can be told stands in bench/gpu.py)
-    roofline, code
+    roofline    flop_per_s, bytes_per_s, ceiling_flop_per_s, ceiling_bytes_per_s, share (of the images/s that the
+                ceilings allow; counted in bench/roofline.py, the ceilings measured by netdyno doctor)
+    code
 """
 
 import errno
@@ -176,15 +178,25 @@ def save_ceilings(ceilings: dict[str, Any], machine: dict[str, Any], results: Pa
     """
     save_machine(machine, results)
     path = results / machine["slug"] / "machine.json"
+    content = json.dumps(_machine(path) | {"ceilings": ceilings}, indent=1, allow_nan=False)
+    write_atomically(path, content.encode() + b"\n")
+    return path
+
+
+def load_ceilings(machine: dict[str, Any], results: Path) -> dict[str, Any] | None:
+    """The measured ceilings of a machine; None where nobody measured them. UserError as for `save_ceilings`."""
+    path = results / machine["slug"] / "machine.json"
+    return _machine(path).get("ceilings") if path.exists() else None
+
+
+def _machine(path: Path) -> dict[str, Any]:
     try:
         described = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); mend or remove it") from error
     if not isinstance(described, dict):
         raise UserError(f"{path} describes no machine; mend or remove it")
-    content = json.dumps(described | {"ceilings": ceilings}, indent=1, allow_nan=False)
-    write_atomically(path, content.encode() + b"\n")
-    return path
+    return described
 
 
 def code_hash() -> str:

@@ -24,7 +24,8 @@ from typing import Any
 
 from .gpu import Gpu, Sampler
 from .order import Order
-from .record import Record, new_record, path_of, save, write_atomically
+from .record import Record, load_ceilings, new_record, path_of, save, write_atomically
+from .roofline import achieved
 from .tuning import TUNINGS
 from .workloads import Case, describe, resolve
 
@@ -85,6 +86,7 @@ def run(
             record |= {"status": "killed", "reason": "interrupted"}
         if cache is not None and record["compile"] is not None:
             record["compile"] = (read_cold_start(cache, record["code"]) or {}) | record["compile"]
+        record["roofline"] = achieved(record, load_ceilings(machine, results))
         keep_files(record, results, Path(scratch))
         save(record, results)
     if interrupted:

@@ -70,6 +70,7 @@ class Row:
     host_rss_peak_mib: float | None
     energy_j_per_1000_images: float | None
     energy_source: str | None  # counter or sampled; where records differ, those with a counter make the median
+    share_of_card: float | None  # of the images/s that the machine's measured ceilings allow
     metric: str | None
     metric_unit: str | None
     higher_is_better: bool | None
@@ -182,6 +183,7 @@ def _row(group: Sequence[Record]) -> Row:
         host_rss_peak_mib=middle("memory", "host_rss_peak_mib"),
         energy_j_per_1000_images=median(joules[source]) if joules else None,
         energy_source=source,
+        share_of_card=middle("roofline", "share"),
         metric=_text(newest, "accuracy", "metric"),
         metric_unit=_text(newest, "accuracy", "unit"),
         higher_is_better=_flag(newest, "accuracy", "higher_is_better"),

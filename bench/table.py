@@ -127,6 +127,7 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
         ),
     }
     energy = {"energy": Column(header="energy, J/1,000 images", right=True, cell=lambda row: _energy(row, notes))}
+    share = {"share": Column(header="of what this card can do", right=True, cell=_share)}
     host = {
         "host": Column(header="peak memory, host RSS, MiB", right=True, cell=lambda row: figure(row.host_rss_peak_mib))
     }
@@ -138,6 +139,7 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
         "batch": Column(header="batch", right=True, cell=lambda row: figure(row.batch_size, count=True)),
         "images": Column(header="images/s", right=True, cell=lambda row: _images(row, notes)),
         "speedup": Column(header="speed-up over eager", right=True, cell=lambda row: _speedup(row, notes)),
+        **(share if any(row.share_of_card is not None for row in section.rows) else {}),
         **(memory if section.on_gpu else host),
         **(energy if any(row.energy_j_per_1000_images is not None for row in section.rows) else {}),
         "metric": Column(header="metric by epoch", cell=lambda row: _metric(row, notes)),
@@ -187,6 +189,10 @@ def _speedup(row: Row, notes: Notes) -> str:
     return notes.mark(
         f"{figure(row.speedup_over_eager)} ×", f"recipe differs from eager's: {differs}" if differs else ""
     )
+
+
+def _share(row: Row) -> str:
+    return MISSING if row.share_of_card is None else f"{100 * row.share_of_card:.1f} %"
 
 
 def _energy(row: Row, notes: Notes) -> str:
