@@ -127,7 +127,7 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
         ),
     }
     energy = {"energy": Column(header="energy, J/1,000 images", right=True, cell=lambda row: _energy(row, notes))}
-    share = {"share": Column(header="of what this card can do", right=True, cell=_share)}
+    share = {"share": Column(header="share of ceilings", right=True, cell=_share)}
     host = {
         "host": Column(header="peak memory, host RSS, MiB", right=True, cell=lambda row: figure(row.host_rss_peak_mib))
     }
