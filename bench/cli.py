@@ -14,6 +14,7 @@ from . import table as tables
 from .errors import UserError
 from .progress import outcome, show
 from .record import Record, check_writable, code_hash, load_all, save_machine
+from .tuning import LADDER
 
 plain: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 app = typer.Typer(help="Netdyno, a dynamometer for GPUs.", **plain)
@@ -26,10 +27,15 @@ class Suite(str, Enum):
     quick = "quick"
     full = "full"
     source = "source"
+    ladder = "ladder"
 
 
 class TuningName(str, Enum):
     tuned = "tuned"
+    dali = "dali"
+    compiled = "compiled"
+    channels_last = "channels-last"
+    amp = "amp"
     eager = "eager"
     fp32 = "fp32"
     t4 = "t4"
@@ -51,6 +57,7 @@ SUITE_TUNINGS = {
     Suite.quick: [TuningName.tuned],
     Suite.full: [TuningName.tuned, TuningName.eager],
     Suite.source: [TuningName.fp32],
+    Suite.ladder: [TuningName(name) for name in LADDER],
 }
 
 DataOption = Annotated[
@@ -90,7 +97,10 @@ def run(
     suite: Annotated[
         Suite,
         typer.Option(
-            "--suite", metavar="SUITE", help="quick: two short epochs; full: to the target; source: as published."
+            "--suite",
+            metavar="SUITE",
+            help="quick: two short epochs; full: to the target; source: as published; ladder: two"
+            " epochs of each tuning from eager to tuned.",
         ),
     ] = Suite.quick,
     tuning: Annotated[
@@ -98,8 +108,10 @@ def run(
         typer.Option(
             "--tuning",
             metavar="TUNING",
-            help="tuned: all that makes it fast; eager: what people write first; fp32: tuned without mixed precision;"
-            " t4: as on a T4. May be given more than once.  [default: tuned; full: tuned and eager; source: fp32]",
+            help="eager: what people write first; amp: and in mixed precision; channels-last: and in that layout;"
+            " compiled: and by torch.compile; dali: and fed by DALI; tuned: and captured, all that makes it fast;"
+            " fp32: tuned without mixed precision; t4: as on a T4."
+            " May be given more than once.  [default: tuned; full: tuned and eager; source: fp32; ladder: all six]",
         ),
     ] = None,
     mode: Annotated[

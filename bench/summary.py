@@ -341,7 +341,7 @@ def show_entry(value: Any) -> str:
 
 def order(row: Row) -> tuple:
     """Sort key: by workload, then end to end first, then tuned before eager, what failed last."""
-    modes, tunings = ("e2e", "compute", "loader"), ("tuned", "eager")
+    modes, tunings = ("e2e", "compute", "loader"), ("tuned", "dali", "compiled", "channels-last", "amp", "eager")
     return (
         *(row.workload or "", row.division != "closed", row.division or "", row.gpus or 0),
         *(rank(row.mode, modes), row.mode or "", rank(row.tuning, tunings), row.tuning or ""),

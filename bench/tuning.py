@@ -30,17 +30,7 @@ def precision_for(capability: Capability) -> Literal["bf16", "fp16"]:
     return "bf16" if capability is None or capability >= (8, 0) else "fp16"
 
 
-def tuned(capability: Capability) -> Tuning:
-    """The default: mixed precision, channels last, one compiled graph, fused optimizer, captured on a GPU, DALI."""
-    return Tuning(
-        name="tuned",
-        precision=precision_for(capability),
-        channels_last=True,
-        compile=True,
-        fused_optimizer=True,
-        capture=capability is not None,
-        loader="dali",
-    )
+# The ladder: each rung is the one below it and one thing more.
 
 
 def eager(capability: Capability) -> Tuning:
@@ -56,6 +46,34 @@ def eager(capability: Capability) -> Tuning:
     )
 
 
+def amp(capability: Capability) -> Tuning:
+    """`eager` in mixed precision."""
+    return replace(eager(capability), name="amp", precision=precision_for(capability))
+
+
+def channels_last(capability: Capability) -> Tuning:
+    """`amp` with weights and images channels last, as tensor cores like them."""
+    return replace(amp(capability), name="channels-last", channels_last=True)
+
+
+def compiled(capability: Capability) -> Tuning:
+    """`channels-last` as one compiled graph, with a fused optimizer."""
+    return replace(channels_last(capability), name="compiled", compile=True, fused_optimizer=True)
+
+
+def dali(capability: Capability) -> Tuning:
+    """`compiled`, fed by DALI."""
+    return replace(compiled(capability), name="dali", loader="dali")
+
+
+def tuned(capability: Capability) -> Tuning:
+    """The default: `dali`, and on a GPU captured."""
+    return replace(dali(capability), name="tuned", capture=capability is not None)
+
+
+LADDER = ("eager", "amp", "channels-last", "compiled", "dali", "tuned")
+
+
 def fp32(capability: Capability) -> Tuning:
     """`tuned` without mixed precision: what AMP gains, and how the source recipes are run for their accuracy."""
     return replace(tuned(capability), name="fp32", precision="fp32")
@@ -66,4 +84,6 @@ def t4(capability: Capability) -> Tuning:
     return replace(tuned((7, 5)), name="t4", needs_gpu=True, memory_limit_mib=14 * 1024)
 
 
-TUNINGS: dict[str, Callable[[Capability], Tuning]] = {"tuned": tuned, "eager": eager, "fp32": fp32, "t4": t4}
+TUNINGS: dict[str, Callable[[Capability], Tuning]] = {
+    make(None).name: make for make in (tuned, dali, compiled, channels_last, amp, eager, fp32, t4)
+}

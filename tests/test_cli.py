@@ -15,6 +15,7 @@ from netdyno.bench import cli, machine, runner, table
 from netdyno.bench.data import fetch, prepared, synthetic, weights
 from netdyno.bench.errors import UserError
 from netdyno.bench.record import load_all, new_record, path_of, save, save_ceilings
+from netdyno.bench.tuning import LADDER
 from netdyno.bench.workloads import Case, describe, find, names, resolve
 
 # A new option is a decision: settings of a case belong into bench/workloads.py and bench/tuning.py.
@@ -146,7 +147,13 @@ def test_help_of_run_tells_every_choice_and_default(netdyno: Any) -> None:
         assert f"{tuning.value}: " in text
     for mode in cli.Mode:
         assert f"{mode.value}: " in text
-    for default in ("all six", "quick", "tuned; full: tuned and eager; source: fp32", "e2e", "results"):
+    for default in (
+        "all six",
+        "quick",
+        "tuned; full: tuned and eager; source: fp32; ladder: all six",
+        "e2e",
+        "results",
+    ):
         assert f"[default: {default}]" in text
     assert "[default: $NETDYNO_DATA, else the user's cache]" in text
 
@@ -173,8 +180,11 @@ def test_without_a_command_there_is_help(netdyno: Any, arguments: list[str]) -> 
     [
         ("nonsense", "No such command 'nonsense' (netdyno --help lists what there is)"),
         ("run --nonsense", "No such option: --nonsense"),
-        ("run --suite huge", "'huge' is not one of 'quick', 'full', 'source' (netdyno run --help lists what there is)"),
-        ("run --tuning fast", "'fast' is not one of 'tuned', 'eager', 'fp32', 't4'"),
+        ("run --suite huge", "'huge' is not one of 'quick', 'full', 'source', 'ladder' (netdyno run --help lists what there is)"),
+        (
+            "run --tuning fast",
+            "'fast' is not one of 'tuned', 'dali', 'compiled', 'channels-last', 'amp', 'eager', 'fp32', 't4'",
+        ),
         ("run --mode fast", "'fast' is not one of 'e2e', 'compute', 'loader'"),
         ("run --seed x", "--seed"),
         ("run --seed -1", "--seed"),
@@ -274,7 +284,8 @@ def test_a_run_keeps_the_ceilings(netdyno: Any, runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("suite", "tunings"), [("quick", ["tuned"]), ("full", ["tuned", "eager"]), ("source", ["fp32"])]
+    ("suite", "tunings"),
+    [("quick", ["tuned"]), ("full", ["tuned", "eager"]), ("source", ["fp32"]), ("ladder", [*LADDER])],
 )
 def test_each_suite_has_its_tunings(netdyno: Any, runs: Runs, suite: str, tunings: list[str]) -> None:
     assert not netdyno("run", "mnist-cnn", "--suite", suite).code

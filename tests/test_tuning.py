@@ -1,10 +1,11 @@
 """Tunings, and the policy that picks a precision for a card."""
 
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 
-from netdyno.bench.tuning import TUNINGS, Capability, Tuning, eager, fp32, precision_for, t4, tuned
+from netdyno.bench.tuning import LADDER, TUNINGS, Capability, Tuning, eager, fp32, precision_for, t4, tuned
 
 
 @pytest.mark.parametrize(
@@ -48,12 +49,23 @@ def test_t4_is_what_a_t4_gets_within_its_memory(capability: Capability) -> None:
     assert t4(capability).memory_limit_mib == 14_336
 
 
+@pytest.mark.parametrize("capability", [None, (7, 5), (9, 0)])
+def test_each_rung_of_the_ladder_is_the_one_below_and_one_thing_more(capability: Capability) -> None:
+    steps = [
+        {field.name for field in fields(Tuning) if getattr(below, field.name) != getattr(above, field.name)} - {"name"}
+        for below, above in pairwise(TUNINGS[name](capability) for name in LADDER)
+    ]
+    captured = {"capture"} if capability else set()
+    assert steps == [{"precision"}, {"channels_last"}, {"compile", "fused_optimizer"}, {"loader"}, captured]
+    assert (LADDER[0], LADDER[-1]) == ("eager", "tuned")
+
+
 def test_fp32_is_tuned_but_for_its_precision() -> None:
     assert fp32((9, 0)).precision == "fp32"
     assert replace(fp32((9, 0)), name="tuned", precision="bf16") == tuned((9, 0))
 
 
 def test_tunings_are_listed_under_their_names() -> None:
-    assert list(TUNINGS) == ["tuned", "eager", "fp32", "t4"]
+    assert list(TUNINGS) == ["tuned", "dali", "compiled", "channels-last", "amp", "eager", "fp32", "t4"]
     for name, make in TUNINGS.items():
         assert make((9, 0)).name == name

@@ -123,6 +123,13 @@ def test_quick_changes_the_recipe_but_not_the_work(make: Callable[[], Workload])
 
 
 @each
+def test_the_ladder_is_two_epochs_of_our_recipe(make: Callable[[], Workload]) -> None:
+    ladder = SUITES["ladder"](make())
+    assert ladder.recipe == replace(make().recipe, epochs=2)
+    assert (ladder.target, ladder.also_at_least, ladder.target_share) == (None, None, None)
+
+
+@each
 def test_source_augments_flowers_alone(make: Callable[[], Workload]) -> None:
     full, source = make().preprocess, SUITES["source"](make()).preprocess
     if make().name == "resnet50-transfer":
