@@ -180,7 +180,10 @@ def test_without_a_command_there_is_help(netdyno: Any, arguments: list[str]) -> 
     [
         ("nonsense", "No such command 'nonsense' (netdyno --help lists what there is)"),
         ("run --nonsense", "No such option: --nonsense"),
-        ("run --suite huge", "'huge' is not one of 'quick', 'full', 'source', 'ladder' (netdyno run --help lists what there is)"),
+        (
+            "run --suite huge",
+            "'huge' is not one of 'quick', 'full', 'source', 'ladder' (netdyno run --help lists what there is)",
+        ),
         (
             "run --tuning fast",
             "'fast' is not one of 'tuned', 'dali', 'compiled', 'channels-last', 'amp', 'eager', 'fp32', 't4'",

@@ -1,0 +1,146 @@
+"""Convolutions of few channels: the kernels against PyTorch in float64, their gradients, compilation without a GPU."""
+
+import os
+import subprocess
+import sys
+from itertools import cycle, product
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from netdyno.kernels import few_channels
+from netdyno.kernels.few_channels import (
+    conv,
+    conv_kernel,
+    conv_reference,
+    conv_triton,
+    turned,
+    weight_gradient_kernel,
+    weight_gradient_triton,
+)
+
+# B, I, O, H, W: the autoencoder's layers and first layers, and what is odd
+SHAPES = [(3, 3, 8, 12, 13), (2, 8, 4, 14, 14), (2, 1, 5, 5, 40), (1, 3, 1, 3, 3), (1, 16, 16, 6, 6)]
+LARGE = [(40, 3, 8, 32, 32), (40, 8, 4, 30, 30), (300, 4, 8, 28, 28), (40, 8, 3, 30, 30)]
+# Of the largest value: rounding of the result, and of sums in fp32.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def case(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """images, weight and bias; weight and bias in float32, as networks keep them."""
+    b, i, o, h, w = shape
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(b, i, h, w, generator=draw).to(dtype)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return (
+        images.to(device),
+        torch.randn(o, i, 3, 3, generator=draw).to(device),
+        torch.randn(o, generator=draw).to(device),
+    )
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape
+    error = (got.double() - expected.double()).abs().max().item()
+    assert error <= tolerance * max(1.0, expected.double().abs().max().item()), error
+
+
+def compare_kernels_with_float64(device: str, shapes: list[tuple[int, ...]]) -> None:
+    settings = zip(product(shapes, TOLERANCE), cycle((0, 2, 1)), cycle((False, True)), strict=False)
+    for (shape, dtype), padding, channels_last in settings:
+        images, weight, bias = case(shape, dtype, channels_last, device)
+        relu = padding != 1
+        exact = [tensor.double().requires_grad_() for tensor in (images, weight, bias)]
+        out = conv_reference(*exact, padding, relu)
+        found = conv_triton(images, weight, bias, padding, relu)
+        assert found.dtype == dtype
+        close(found, out, TOLERANCE[dtype])
+
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        mask = found if relu else None
+        # the mask is the kernel's: at a rounded zero it may differ from the exact one
+        passed = gradient.double() if mask is None else gradient.double() * (mask > 0)
+        F.conv2d(*exact, padding=padding).backward(passed)
+        weights, biases = weight_gradient_triton(images, gradient, mask, padding)
+        close(weights, exact[1].grad, 1e-5)
+        close(biases, exact[2].grad, 1e-5)
+        behind = conv_triton(gradient, turned(weight), None, 2 - padding, False, mask)
+        close(behind, exact[0].grad, TOLERANCE[dtype])
+
+
+def test_kernels_equal_float64_in_the_interpreter() -> None:
+    """In a process of its own: Triton decides for the interpreter when a kernel is defined."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", __file__], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "equal\n"
+
+
+@pytest.mark.gpu
+def test_kernels_equal_float64_on_the_gpu() -> None:
+    compare_kernels_with_float64("cuda", SHAPES + LARGE)
+
+
+@pytest.mark.gpu
+def test_gradients_through_torch_compile() -> None:
+    """A chain of two, as networks use it: the first with images that need no gradient."""
+    images, weight, bias = case(SHAPES[0], torch.float32, True, "cuda")
+    second, other = torch.randn(4, 8, 3, 3, device="cuda"), torch.randn(4, device="cuda")
+
+    def chain(function, *parameters: Tensor) -> Tensor:
+        w1, b1, w2, b2 = parameters
+        return function(function(images, w1, b1, 0, True), w2, b2, 2, False).square().mean()
+
+    found = []
+    for run in (lambda *p: chain(conv_reference, *p), torch.compile(lambda *p: chain(conv, *p), fullgraph=True)):
+        parameters = [tensor.clone().requires_grad_() for tensor in (weight, bias, second, other)]
+        loss = run(*parameters)
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in parameters)])
+    for got, expected in zip(*reversed(found), strict=True):
+        close(got, expected, 1e-3)  # cuDNN's may be TF32
+
+
+def test_a_transposed_convolution_is_one_of_turned_weights() -> None:
+    images, weight, bias = torch.randn(2, 4, 6, 6), torch.randn(4, 8, 3, 3), torch.randn(8)
+    expected = F.conv_transpose2d(images, weight, bias)
+    torch.testing.assert_close(conv(images, turned(weight), bias, 2, False), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_shapes_that_the_kernels_do_not_take() -> None:
+    for weight, padding in [(torch.ones(2, 2, 5, 5), 0), (torch.ones(2, 2, 3, 3), 3), (torch.ones(17, 2, 3, 3), 0)]:
+        with pytest.raises(ValueError, match="channels at most"):
+            conv(torch.ones(1, 2, 8, 8), weight, torch.ones(len(weight)), padding, False)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(75, "fp16"), (75, "fp32"), (90, "bf16"), (90, "fp32")])
+@pytest.mark.parametrize("kernel", [conv_kernel, weight_gradient_kernel], ids=["conv", "weights"])
+def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel) -> None:
+    values = {"INPUTS": 8, "OUTPUTS": 4, "WIDE": 4, "PADDING": 0, "MASKED": True, "BLOCK": few_channels.BLOCK}
+    if kernel is conv_kernel:
+        values |= {"BIASED": True, "RELU": True}
+    else:
+        values |= {"TASKS": 8}
+    pointers = {"images": dtype, "mask": dtype, "gradient": dtype, "out": dtype}
+    pointers |= {"weight": "fp32", "bias": "fp32", "partial": "fp32"}
+    signature = {
+        name: "constexpr" if name in values else f"*{pointers[name]}" if name in pointers else "i32"
+        for name in kernel.arg_names
+    }
+    compiled = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", capability, 32))
+    assert compiled.metadata.shared <= 64 * 1024  # what a block has on Turing
+    assert f".target sm_{capability}" in compiled.asm["ptx"]
+    assert ("bf16" in compiled.asm["ptx"]) == (dtype == "bf16")
+
+
+if __name__ == "__main__":
+    compare_kernels_with_float64("cpu", SHAPES)
+    print("equal")
