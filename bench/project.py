@@ -7,6 +7,8 @@ make convolutions slower than that:
 - A tensor core's tile is TILE channels wide, in and out; a convolution of fewer leaves the rest empty. Not so in fp32.
 - The gradient of the weights moves the patches of the wider side (im2col), UNFOLDED times, not only the tensors.
 
+A loader that takes longer than the step, image for image, sets the speed instead: batches are made while others train.
+
 FLOOR_S and UNFOLDED are the only fitted numbers: to OBSERVED, which is one H200. Nothing is fitted to PUBLISHED.
 """
 
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from .cards import CARDS, DISAGREEMENT, Card
+from .host import keras_on_colab_s
 from .layers import layers
 from .roofline import (
     ELEMENT_BYTES,
@@ -68,6 +71,30 @@ OBSERVED = (
 OPTIMIZERS = {"mnist-cnn": "sgd", "cifar10-cnn": "sgd"}  # of OBSERVED; adam else
 
 
+def parts_s(
+    launched: Sequence[Kernel],
+    batch: int,
+    card: Card,
+    precision: str = "half",
+    *,
+    floor_s: float = FLOOR_S,
+    unfolded: float = UNFOLDED,
+) -> dict[str, float]:
+    """Seconds of one step: in kernels bound by arithmetic, in those bound by traffic, and for launches."""
+    parts = {"arithmetic": 0.0, "traffic": 0.0, "launches": 0.0}
+    for kernel in launched:
+        layer, arithmetic_s = kernel.layer, 0.0
+        if layer is not None:
+            narrow = 1.0
+            if layer.op == "conv" and precision != "fp32":
+                narrow = min(1, layer.channels_in / TILE) * min(1, layer.channels_out / TILE)
+            arithmetic_s = batch * kernel.flops / (card.flop_per_s(precision) * narrow)
+        traffic_s = (batch * max(kernel.bytes, unfolded * kernel.unfolded_bytes) + kernel.step_bytes) / card.bytes_per_s
+        parts["arithmetic" if arithmetic_s > traffic_s else "traffic"] += max(arithmetic_s, traffic_s)
+        parts["launches"] += floor_s
+    return parts
+
+
 def step_s(
     launched: Sequence[Kernel],
     batch: int,
@@ -78,17 +105,7 @@ def step_s(
     unfolded: float = UNFOLDED,
 ) -> float:
     """Seconds of one step."""
-    total = 0.0
-    for kernel in launched:
-        layer, arithmetic_s = kernel.layer, 0.0
-        if layer is not None:
-            narrow = 1.0
-            if layer.op == "conv" and precision != "fp32":
-                narrow = min(1, layer.channels_in / TILE) * min(1, layer.channels_out / TILE)
-            arithmetic_s = batch * kernel.flops / (card.flop_per_s(precision) * narrow)
-        traffic = batch * max(kernel.bytes, unfolded * kernel.unfolded_bytes) + kernel.step_bytes
-        total += max(arithmetic_s, traffic / card.bytes_per_s) + floor_s
-    return total
+    return sum(parts_s(launched, batch, card, precision, floor_s=floor_s, unfolded=unfolded).values())
 
 
 def misses(floor_s: float = FLOOR_S, unfolded: float = UNFOLDED) -> list[float]:
@@ -126,6 +143,7 @@ class Projection:
     images_per_s: float
     low: float
     high: float
+    bound: str  # what takes most of the time: arithmetic, traffic, launches; or the loader
     memory_mib: float
 
     def fits(self, card: Card) -> bool:
@@ -133,15 +151,25 @@ class Projection:
 
 
 def project(
-    step: Step, batch: int, optimizer: str, card: Card, *, compiled: bool = True, precision: str = "half"
+    step: Step,
+    batch: int,
+    optimizer: str,
+    card: Card,
+    *,
+    compiled: bool = True,
+    precision: str = "half",
+    loader_s: float = 0.0,
 ) -> Projection:
-    """Training of `step` on `card`, its data being on the device: decoding and copying are not in it."""
-    speed = batch / step_s(kernels(step, optimizer, compiled=compiled, precision=precision), batch, card, precision)
+    """Training of `step` on `card`, fed by a loader that takes `loader_s` an image: 0 if the data are on the device."""
+    parts = parts_s(kernels(step, optimizer, compiled=compiled, precision=precision), batch, card, precision)
+    trained_s = sum(parts.values()) / batch
+    speed = 1 / max(trained_s, loader_s)
     factor = interval_factor()
     return Projection(
         images_per_s=speed,
         low=speed / factor,
         high=speed * factor,
+        bound="loader" if loader_s > trained_s else max(parts, key=parts.__getitem__),
         memory_mib=memory_mib(step, batch, optimizer, precision),
     )
 
@@ -184,7 +212,7 @@ class Published:
     optimizer: str
     precision: str
     source: str
-    loader_bound: bool = False
+    loader_s: float = 0.0  # an image; 0 where it is not counted: fed from memory, or from a host of many cores
 
 
 EXAMPLES = "NVIDIA DeepLearningExamples, PyTorch, 21.03"
@@ -238,7 +266,7 @@ PUBLISHED = (
         optimizer="adam",
         precision="fp32",
         source="source notebook, Keras: 19 s an epoch",
-        loader_bound=True,
+        loader_s=keras_on_colab_s(),
     ),
 )
 
@@ -246,4 +274,12 @@ PUBLISHED = (
 def predict(published: Published) -> Projection:
     """The projection of a published figure: eager, each pass a kernel of its own."""
     one = published
-    return project(one.step, one.batch, one.optimizer, CARDS[one.gpu], compiled=False, precision=one.precision)
+    return project(
+        one.step,
+        one.batch,
+        one.optimizer,
+        CARDS[one.gpu],
+        compiled=False,
+        precision=one.precision,
+        loader_s=one.loader_s,
+    )

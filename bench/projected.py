@@ -32,6 +32,7 @@ def speeds(card: Card, workloads: Iterable["Workload"]) -> str:
         "batch",
         "images/s",
         "90 % interval",
+        "bound by",
         "memory, MiB",
         "at most, layer by layer",
         "at most, fused",
@@ -40,15 +41,15 @@ def speeds(card: Card, workloads: Iterable["Workload"]) -> str:
     for workload in workloads:
         recipe, step = workload.recipe, STEPS.get(workload.name)
         if step is None:
-            lines.append((workload.name, MARK, str(recipe.batch_size), "not counted", *[MISSING] * 4))
+            lines.append((workload.name, MARK, str(recipe.batch_size), "not counted", *[MISSING] * 5))
             continue
         found = project(step, recipe.batch_size, recipe.optimizer, card)
         counted = work(step, recipe.optimizer)
         limits = [about(counted.images_per_s(card, recipe.batch_size, fused=fused)) for fused in (False, True)]
         if found.fits(card):
-            speed = (about(found.images_per_s), f"{about(found.low)} to {about(found.high)}")
+            speed = (about(found.images_per_s), f"{about(found.low)} to {about(found.high)}", found.bound)
         else:
-            speed = (f"does not fit {card.memory_mib:,} MiB", MISSING)
+            speed = (f"does not fit {card.memory_mib:,} MiB", MISSING, MISSING)
         memory = about(found.memory_mib)
         lines.append((workload.name, MARK, str(recipe.batch_size), *speed, memory, *limits))
     half, copies = card.half_tflops, card.gb_per_s
@@ -57,7 +58,7 @@ def speeds(card: Card, workloads: Iterable["Workload"]) -> str:
             f"{card.name}, {MARK}: {half.rate:g} of {half.peak:g} TFLOP/s and {copies.rate:,g} of {copies.peak:,g} GB/s"
             f" sustained, {card.memory_mib:,} MiB. Training alone, on data that are on the device.",
             "",
-            aligned(headers, [False, False, *[True] * 6], lines),
+            aligned(headers, [False, False, True, True, True, False, True, True, True], lines),
             "",
             f"Memory is the process's, with {CONTEXT_MIB:,} MiB of libraries, ± {100 * MEMORY_SPREAD:.0f} %.",
         ]
@@ -66,11 +67,22 @@ def speeds(card: Card, workloads: Iterable["Workload"]) -> str:
 
 def errors() -> str:
     """The projection of each published figure beside it."""
-    headers = ("published", "GPU", "batch", "images/s", "", "images/s", "90 % interval", "error", "inside", "source")
+    headers = (
+        "published",
+        "GPU",
+        "batch",
+        "images/s",
+        "",
+        "images/s",
+        "90 % interval",
+        "bound by",
+        "error",
+        "inside",
+        "source",
+    )
     lines = []
     for one in PUBLISHED:
         found = predict(one)
-        within = "yes" if found.low <= one.images_per_s <= found.high else "no"
         lines.append(
             (
                 one.name,
@@ -80,12 +92,13 @@ def errors() -> str:
                 MARK,
                 about(found.images_per_s),
                 f"{about(found.low)} to {about(found.high)}",
+                found.bound,
                 f"{100 * (found.images_per_s / one.images_per_s - 1):+.0f} %",
-                within + (", bound by its loader" if one.loader_bound else ""),
+                "yes" if found.low <= one.images_per_s <= found.high else "no",
                 one.source,
             )
         )
-    right = [False, False, True, True, False, True, True, True, False, False]
+    right = [False, False, True, True, False, True, True, False, True, False, False]
     return "\n".join(
         [
             "The same method on published figures, to which nothing in it was fitted. Its 90 % interval is the"
