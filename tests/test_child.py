@@ -1,7 +1,6 @@
 """What a child measures and says, on small stand-ins of the data."""
 
 import gzip
-import io
 import json
 import math
 import re
@@ -65,11 +64,10 @@ def speak(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def speak(case: Case = EAGER, data: Path = data) -> tuple[dict[str, Any], dict[str, Any], str]:
         order = Order(case=case, data=data, pictures=tmp_path, started=time.time())
-        monkeypatch.setattr(sys, "stdin", io.StringIO(order.to_json()))
         with open(tmp_path / "out", "w+") as out, open(tmp_path / "err", "w+") as err, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", out)
             patch.setattr(sys, "stderr", err)
-            child.main()
+            child.main(order)
         events = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
         return sections(events), events[-1], (tmp_path / "err").read_text()
 

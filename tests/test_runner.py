@@ -28,7 +28,7 @@ T4 = Case(workload="mnist-cnn", suite="quick", tuning="t4")
 
 PREAMBLE = """
 import json, os, signal, subprocess, sys, time
-order = json.loads(sys.stdin.read())
+order = json.loads(sys.stdin.readline())
 
 def emit(**event):
     print(json.dumps(event), flush=True)
