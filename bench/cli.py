@@ -1,5 +1,6 @@
 """The command line. It chooses cases and outputs; every setting of a case is in `workloads.py` and `tuning.py`."""
 
+import io
 import signal
 import sys
 from collections import Counter
@@ -331,10 +332,16 @@ def complain(lines: str) -> None:
 
 def main() -> None:
     """Runs the command line; exit code 2 for what the user can mend, 1 for a run that failed, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     try:
         code = app(prog_name="netdyno", standalone_mode=False)
     except UserError as error:
         complain(str(error))
+        code = 2
+    except OSError as error:  # of a file where nobody expects it: a name too long, no right to look, a broken disk
+        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         code = 2
     except (typer.Abort, KeyboardInterrupt):
         code = 130

@@ -327,6 +327,7 @@ def test_a_good_run_says_nothing_of_its_end(speak: Any, monkeypatch: pytest.Monk
     assert error == "a library says hello\n"  # not between the lines of the child
 
 
+@pytest.mark.fault("a loss or a metric that is no number")
 def test_an_absurd_learning_rate_diverges(speak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with_recipe(monkeypatch, learning_rate=1e30)
     found, last, _ = speak()
@@ -335,6 +336,7 @@ def test_an_absurd_learning_rate_diverges(speak: Any, monkeypatch: pytest.Monkey
     assert "data" in found
 
 
+@pytest.mark.fault("a loss or a metric that is no number")
 def test_divergence_keeps_the_curve(speak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([1.0, 1.0, 1.0, 0.5, 0.5, 0.25, math.inf])  # first and second call, warm-up, two epochs of two steps
     with_step(monkeypatch, lambda images, labels: torch.tensor(next(losses)))
@@ -344,6 +346,7 @@ def test_divergence_keeps_the_curve(speak: Any, monkeypatch: pytest.MonkeyPatch)
     assert found["timing"]["steps"] == 2
 
 
+@pytest.mark.fault("a card without memory left")
 def test_out_of_memory(speak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = iter([1.0, 1.0, 1.0, 0.5, 0.5])
 
@@ -362,7 +365,7 @@ def test_out_of_memory(speak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ("error", "status", "reason"),
     [
         (torch.cuda.OutOfMemoryError(""), "oom", "no message"),
-        (RuntimeError("first\nsecond"), "failed", "RuntimeError: first"),
+        (RuntimeError("CUDA error: an illegal\nsecond"), "failed", "RuntimeError: CUDA error: an illegal"),
         (KeyError(), "failed", "KeyError: no message"),
         (ValueError("x" * 900), "failed", "ValueError: " + "x" * 488),
     ],
@@ -468,6 +471,7 @@ def test_a_further_metric_must_be_reached_too(tmp_path: Path, ssim: float, reach
     assert accuracy["curve"][0]["metrics"] == {"ssim": ssim}
 
 
+@pytest.mark.fault("a loss or a metric that is no number")
 def test_a_metric_that_is_no_number_is_divergence(tmp_path: Path) -> None:
     found = course(mnist_cnn(), [97.0, math.nan, 98.0], tmp_path)
     assert found["end"] == {"reason": "test accuracy nan after epoch 2"}

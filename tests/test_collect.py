@@ -172,6 +172,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
 }
 
 
+@pytest.mark.fault("a pack from elsewhere that is damaged or hostile")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_merge_refuses_and_writes_nothing(name: str, tmp_path: Path) -> None:
     spoil, message = HOSTILE[name]

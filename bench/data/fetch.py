@@ -96,6 +96,10 @@ FLOWERS_CLASSES = {  # folder in the archive → class
 
 FACES_PAGE = "https://www.kaggle.com/datasets/splcher/animefacedataset"
 FACES_ARCHIVE = "anime_faces.zip"
+BAD_ZIP: tuple[type[Exception], ...] = (  # what a damaged or hostile zip file makes its reader raise
+    *(zipfile.BadZipFile, lzma.LZMAError, NotImplementedError, RuntimeError),
+    *BROKEN,
+)
 FACES_ENTRY_MIB = 16  # more for one small face is not an image of this set
 
 
@@ -238,10 +242,9 @@ def _fetch_faces(job: _Job) -> None:
 
 @contextlib.contextmanager
 def _readable(archive: Path) -> Iterator[None]:
-    """Whatever a damaged or hostile zip file makes the reader say becomes one line."""
     try:
         yield
-    except (zipfile.BadZipFile, lzma.LZMAError, NotImplementedError, RuntimeError, *BROKEN) as error:
+    except BAD_ZIP as error:
         raise UserError(f"anime_faces: {archive} cannot be read as a zip archive: {error}") from error
 
 
@@ -323,7 +326,7 @@ def _open(url: str) -> Any:
     def attempt() -> None:
         request = urllib.request.Request(url, headers={"User-Agent": "netdyno"})
         try:
-            answer.put(urllib.request.urlopen(request, timeout=STALL_S))
+            answer.put(urllib.request.urlopen(request, timeout=STALL_S))  # addresses are constants here  # nosec B310
         except Exception as error:  # whatever it is belongs to the caller, who waits for it
             answer.put(error)
 

@@ -31,8 +31,10 @@ from ..errors import UserError
 
 CLASS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]{0,99}")  # what becomes part of a path
 # What Pillow raises for images that are broken, or so large that decoding them would take all memory.
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
-BROKEN += (Image.DecompressionBombError, Image.DecompressionBombWarning)
+BROKEN: tuple[type[Exception], ...] = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 HELD_OUT = 1000  # images at the end of an unlabelled set's train/ that make its "test" split
 
 

@@ -37,4 +37,6 @@ def load() -> Mapping[str, torch.Tensor] | None:
     try:
         return torch.load(path(), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path()} holds no readable weights; delete it and fetch it again ({error})") from error
+        raise UserError(
+            f"{path()} holds no readable weights; delete it and fetch it again ({type(error).__name__})"
+        ) from error
