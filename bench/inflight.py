@@ -6,6 +6,7 @@ No torch in here.
 """
 
 import fcntl
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from .errors import UserError
 from .record import Record, compact, load, path_of, write_locked
 
 MARK = ".running"
+MARKED = re.compile(rf"\.(.+-(\d{{8}}T\d{{6}}Z-[0-9a-f]{{6}})\.json){re.escape(MARK)}")  # its record's name and id
+HALF = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # as `write_locked` names a file that has not got its own name yet
 CUT_OFF = "the run ended before it could write this record"
 
 
@@ -27,7 +30,7 @@ def in_flight(record: Record, results: Path) -> Iterator[Path]:
     """
     place = path_of(record, results)
     mark = place.with_name(f".{place.name}{MARK}")
-    scratch = _scratch(record)
+    scratch = _scratch(record["id"])
     with write_locked(mark, compact(record | {"status": "killed", "reason": CUT_OFF})):
         try:
             scratch.mkdir(mode=0o700)
@@ -48,32 +51,35 @@ def sweep(folder: Path) -> list[Record]:
     process that lives is left alone. Returns the records that were made.
     """
     made = []
-    for path in [*folder.rglob(".*.tmp"), *folder.rglob(f".*{MARK}")]:
+    for path in folder.rglob(".*"):
+        half, marked = HALF.fullmatch(path.name), MARKED.fullmatch(path.name)
+        if not half and not marked:
+            continue
         with suppress(OSError), path.open("r+b") as file:  # gone, or not ours to touch
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an OSError while its owner lives
-            if path.suffix == ".tmp":
-                path.unlink()
+            if marked:
+                made += _settle(path, *marked.groups())
             else:
-                made += _settle(path)
+                path.unlink()
     return made
 
 
-def _settle(mark: Path) -> list[Record]:
+def _settle(mark: Path, name: str, identity: str) -> list[Record]:
     try:
         record = load(mark)
-    except UserError:  # no mark of ours: marks are whole or not there
+    except UserError:  # no mark of ours: they are whole or not there
         return []
-    shutil.rmtree(_scratch(record), ignore_errors=True)
-    place = mark.with_name(mark.name[1 : -len(MARK)])
+    shutil.rmtree(_scratch(identity), ignore_errors=True)
+    place = mark.with_name(name)
     if place.exists():  # cut off between the record and the end of its mark
         mark.unlink()
         return []
-    for half in place.parent.glob(f"{record['id']}.*"):  # written before their record, which would have listed them
+    for half in mark.parent.glob(f"{identity}.*"):  # written before their record, which would have listed them
         half.unlink()
     mark.rename(place)
     return [record]
 
 
-def _scratch(record: Record) -> Path:
+def _scratch(identity: str) -> Path:
     """Its name tells whose it is, so that it can be found again, and is short: sockets come to lie in it."""
-    return Path(tempfile.gettempdir()) / f"netdyno-{record['id'].rpartition('-')[2]}"
+    return Path(tempfile.gettempdir()) / f"netdyno-{identity.rpartition('-')[2]}"

@@ -130,9 +130,9 @@ def measure_cold_start(order: Order, cache: Path, code: str, listen: Listen) -> 
 
 def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> None:
     """Starts a child, follows it to its end and puts what it says, and how it ended, into `record`."""
-    environment = (
-        CHILD_ENVIRONMENT | os.environ | {"TMPDIR": str(order.pictures)}
-    )  # what its workers leave goes with it
+    environment = CHILD_ENVIRONMENT | os.environ
+    if len(os.fsencode(order.pictures)) <= LONGEST_TMPDIR:
+        environment["TMPDIR"] = str(order.pictures)  # what its workers leave goes with it
     if cache is not None:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, Gpu.open() as gpu:

@@ -72,6 +72,7 @@ def play(arguments: list[str], environment: dict[str, str], child: tuple[str, ..
         os.dup2(file.fileno(), 2)
     os.environ |= environment
     tempfile.tempdir = None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
     if child is not None:
         runner.CHILD = child
     sys.argv = ["netdyno", *arguments]
@@ -460,7 +461,7 @@ def test_sweep_leaves_alone_what_somebody_holds(tmp_path: Path) -> None:
     folder = tmp_path / MACHINE["slug"]
     with (
         inflight.in_flight(make(1) | {"machine": MACHINE}, tmp_path) as scratch,
-        write_locked(folder / "mnist-cnn" / ".some.json.0.tmp", b"half"),
+        write_locked(folder / "mnist-cnn" / ".some.json.0123abcd.tmp", b"half"),
     ):
         before = {*folder.rglob("*")}
         assert inflight.sweep(folder) == []
@@ -479,10 +480,12 @@ def test_sweep_removes_what_belongs_to_nobody(tmp_path: Path) -> None:
         mark = path.with_name(f".{path.name}{inflight.MARK}")
         kept = mark.read_bytes()
     mark.write_bytes(kept)  # cut off between the record and the end of its mark
-    (path.parent / ".x.json.0.tmp").write_bytes(b"half")
-    (path.parent / ".theirs.running").write_bytes(b"no mark of ours")
+    (path.parent / ".x.json.0123abcd.tmp").write_bytes(b"half")
+    theirs = [".editor.json.tmp", ".theirs.json.running", f".x-{make(3)['id']}.json.running"]
+    for name in theirs:
+        (path.parent / name).write_bytes(b"nothing of ours")
     assert inflight.sweep(path.parent.parent) == []
-    assert sorted(entry.name for entry in path.parent.iterdir()) == [".theirs.running", path.name]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [*theirs, path.name]
     assert load_all(tmp_path) == [make(1)]
 
 

@@ -19,7 +19,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,14 +248,16 @@ def _temporary(parent: Path, prefix: str) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left, ignore_errors=True)
     while True:
-        with tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True) as name:
+        with (
+            tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True) as name,
+            ExitStack() as held,
+        ):
             folder = Path(name)
-            with _open(folder) as descriptor:
-                with suppress(OSError):  # a file system without locks: there nothing is taken for left over
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                if folder.exists():  # else it was removed in the moment before it had its lock
-                    yield folder
-                    return
+            with suppress(OSError):  # a file system without locks: there nothing is taken for left over
+                fcntl.flock(held.enter_context(_open(folder)), fcntl.LOCK_EX)
+            if folder.exists():  # else it was removed in the moment before it had its lock
+                yield folder
+                return
 
 
 @contextmanager
