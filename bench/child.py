@@ -13,7 +13,9 @@ measured before a failure is kept:
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -466,9 +468,8 @@ def write_trace(path: Path, step: Step, batch: Batch, device: torch.device) -> N
     profiler.export_chrome_trace(str(path))
 
 
-def main() -> None:
-    """Reads one `Order` from standard input and runs it; exit code 0 also when the run failed and could say so."""
-    order = Order.from_json(sys.stdin.read())
+def main(order: Order) -> None:
+    """Runs an order and emits on standard output; returns also when the run failed and could say so."""
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as lines:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not stand between the lines
 
@@ -491,11 +492,19 @@ def main() -> None:
             emit(status="failed", reason=f"{type(error).__name__}: {first_line(error)}"[:500])
 
 
+def end_with_parent() -> None:
+    """Ends this session, with loader and compiler workers, when the parent is gone and with it the end of its pipe."""
+    os.read(sys.stdin.fileno(), 1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
 if __name__ == "__main__":
-    main()
+    received = Order.from_json(sys.stdin.readline())
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    main(received)
     # taking down CUDA, DALI and the compiler's workers in order takes six seconds on an H200; the parent ends them
     os._exit(0)

@@ -1,5 +1,7 @@
 """The command line. It chooses cases and outputs; every setting of a case is in `workloads.py` and `tuning.py`."""
 
+import io
+import signal
 import sys
 from collections import Counter
 from enum import Enum
@@ -13,7 +15,8 @@ from . import cli_doctor, cli_project, cli_regress, cli_report
 from . import table as tables
 from .errors import UserError
 from .progress import outcome, show
-from .record import Record, check_writable, code_hash, load_all, save_machine
+from .record import Record, check_writable, code_hash, path_of, save_machine
+from .schema import read_all
 from .tuning import LADDER
 
 plain: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
@@ -136,12 +139,13 @@ def run(
     ] = False,
 ) -> None:
     """Train workloads and record what was measured."""
-    from . import machine, runner
+    from . import inflight, machine, runner
     from .data import prepared
     from .data.dali import import_dali
     from .tuning import TUNINGS
     from .workloads import Case, find, names
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's "stop" ends a run as Ctrl-C does
     chosen = [find(name) for name in workloads or names()]
     tunings = [name.value for name in tuning or SUITE_TUNINGS[suite]]
     check_writable(results)
@@ -152,6 +156,8 @@ def run(
         import_dali()  # a missing DALI ends the command here, not case by case
     save_machine(here, results)
     say(f"machine  {here['slug']}")
+    for cut_off in inflight.sweep(results / here["slug"]):
+        say(f"         an earlier run was cut off: {path_of(cut_off, results)} says killed")
     root = data or prepared.default_root()
     hashes = announce_data(sorted({workload.dataset for workload in chosen}), root)
 
@@ -161,7 +167,11 @@ def run(
         for name in tunings
         for _ in range(repeats)
     ]
-    done = held(load_all(results), here, hashes) if resume else Counter()
+    done: Counter[Case] = Counter()
+    if resume:
+        found, problems = read_all(results)
+        complain("\n".join(f"not counted: {problem}" for problem in problems))
+        done = held(found, here, hashes)
     records: list[Record] = []
     user_errors = False
     for number, case in enumerate(cases, 1):
@@ -235,15 +245,21 @@ def table(
         Format | None, typer.Option("--format", metavar="FORMAT", help="md, csv or json.  [default: for the terminal]")
     ] = None,
 ) -> None:
-    """Show the records as tables, tuned beside eager."""
+    """Show the records as tables, tuned beside eager.
+
+    Exit code 1 if a file among them is no valid record and so is not shown.
+    """
     if not results.is_dir():
         raise UserError(f"there is no results folder {results}; make records with: netdyno run")
-    records = load_all(results)
+    records, problems = read_all(results)
     if format is None:
         console.print(*tables.to_rich(records), sep="\n")
     else:
         writers = {Format.md: tables.to_markdown, Format.csv: tables.to_csv, Format.json: tables.to_json}
         sys.stdout.write(writers[format](records).rstrip("\n") + "\n")
+    complain("\n".join(f"not shown: {problem}" for problem in problems))
+    if problems:
+        raise typer.Exit(1)
 
 
 @data_app.command(name="list")
@@ -329,10 +345,16 @@ def complain(lines: str) -> None:
 
 def main() -> None:
     """Runs the command line; exit code 2 for what the user can mend, 1 for a run that failed, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     try:
         code = app(prog_name="netdyno", standalone_mode=False)
     except UserError as error:
         complain(str(error))
+        code = 2
+    except OSError as error:  # of a file where nobody expects it: a name too long, no right to look, a broken disk
+        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         code = 2
     except (typer.Abort, KeyboardInterrupt):
         code = 130

@@ -43,7 +43,10 @@ def report(
         Path | None, typer.Option("--prices", metavar="FILE", help="A CSV file with the columns machine,usd_per_hour.")
     ] = None,
 ) -> None:
-    """Compare machines in one page, from their records."""
+    """Compare machines in one page, from their records.
+
+    Exit code 1 if a file among them is not shown, which the page says too.
+    """
     from .report import export, html, load, markdown, sections
 
     found, problems = load.find(results or [Path("results")])
@@ -57,8 +60,10 @@ def report(
     else:
         write_atomically(out, export.to_csv(found) if format is ReportFormat.csv else export.to_parquet(found))
     for problem in problems:
-        typer.echo(f"not shown: {problem}", err=True)
+        typer.echo(f"netdyno: not shown: {problem}", err=True)
     typer.echo(f"{len(found):,} records in {out}")
+    if problems:
+        raise typer.Exit(1)
 
 
 def pack(

@@ -26,6 +26,7 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ import tempfile
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import UserError
 
@@ -90,29 +91,53 @@ def check_writable(results: Path) -> None:
 def save(record: Record, results: Path) -> Path:
     """Writes the record beside the others; readers see it whole or not at all. UserError where the disk refuses."""
     path = path_of(record, results)
-    write_atomically(path, _compact(record))
+    write_atomically(path, compact(record))
     return path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file through a temporary one in its folder, on disk before it gets its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_locked(path, content).close()
+
+
+def write_locked(path: Path, content: bytes) -> BinaryIO:
+    """The same; the file is returned open and, like the temporary one before, locked until it is closed.
+
+    The kernel gives the lock back when the process ends, however it ends: what has none belongs to nobody.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        file = _new_locked(temporary)
+        try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # what is in its buffer may fit as little as what was written before
+                file.close()
+            raise
     except OSError as error:
         what = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror
         raise UserError(f"{path} cannot be written: {what}") from error
     finally:
         with suppress(OSError):  # it has its name by now, or its folder could not be made
             temporary.unlink()
+    return file
 
 
-def _compact(record: Record) -> bytes:
+def _new_locked(path: Path) -> BinaryIO:
+    while True:
+        file = path.open("xb")
+        with suppress(OSError):  # a file system without locks: there `inflight.sweep` takes nothing for left over
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return file
+        file.close()  # swept away in the moment before it had its lock
+
+
+def compact(record: Record) -> bytes:
     """The record as JSON, of at most 16 KiB unless its curve alone is longer.
 
     Every second raw block is dropped until it fits, or few are left, and `blocks_thinned_by` says so.
@@ -139,12 +164,11 @@ def parse(content: bytes, path: Path) -> Record:
     """A record from the content of its file; `path` is named where it is none."""
     try:
         record = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a readable record: {error}") from error
     if not isinstance(record, dict) or "schema" not in record:
         raise UserError(f"{path} is no record of Netdyno: it has no 'schema'")
-    if record["schema"] != SCHEMA:
-        raise UserError(f"{path} has schema {record['schema']!r}; this version reads {SCHEMA}")
+    check_schema(record["schema"], str(path))
     whole = {
         "id": isinstance(record.get("id"), str),
         "case": isinstance(record.get("case"), dict),
@@ -157,10 +181,23 @@ def parse(content: bytes, path: Path) -> Record:
     return record
 
 
+def check_schema(schema: Any, name: str) -> None:
+    """UserError unless it is one that this version reads; `name` is the record's file."""
+    if type(schema) is int and schema == SCHEMA:
+        return
+    advice = "; a newer Netdyno reads it" if type(schema) is int and schema > SCHEMA else ""
+    raise UserError(f"{name} has schema {str(schema)[:40]}; this version reads {SCHEMA}{advice}")
+
+
 def load_all(results: Path) -> list[Record]:
     """Every record in `results/<machine>/<workload>/`, oldest first."""
-    paths = [path for path in results.glob("*/*/*.json") if path.name != "machine.json"]
-    return [load(path) for path in sorted(paths, key=lambda path: (path.name.rsplit("-", 2)[-2:], path))]
+    return [load(path) for path in paths_in(results)]
+
+
+def paths_in(results: Path) -> list[Path]:
+    """The files of all records in `results/<machine>/<workload>/`, oldest first."""
+    paths = [path for path in results.glob("*/*/*.json") if path.name != "machine.json" and path.name[0] != "."]
+    return sorted(paths, key=lambda path: (path.name.rsplit("-", 2)[-2:], path))
 
 
 def save_machine(machine: dict[str, Any], results: Path) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .gpu import Gpu, Sampler
+from .inflight import in_flight
 from .order import Order
 from .record import Record, load_ceilings, new_record, path_of, save, write_atomically
 from .roofline import achieved
@@ -31,10 +32,14 @@ from .workloads import Case, describe, resolve
 
 STALL_S = 1_200.0  # without a word from the child; the longest silence of a healthy one is a cold compilation
 POLL_S = 0.5  # between two looks at whether a silent child is still there
-CHILD = (sys.executable, "-m", "netdyno.bench.child")
+DUMP_S = 5.0  # for a child that stalls to say where
+CHILD = (sys.executable, "-X", "faulthandler", "-m", "netdyno.bench.child")
+# Loader workers hand their batches over through sockets, `pymp-abcdefgh/listener-abcdefgh` in $TMPDIR; where the path
+# is too long for one, 107 bytes, they wait for ever.
+LONGEST_TMPDIR = 107 - len("/pymp-abcdefgh/listener-abcdefgh")
 TRACE = "trace.json.gz"
 COLD = "cold.json"  # in a compiler cache: the start that filled it, and the code
-STDERR = "stderr.txt"  # of a child that failed: its traceback
+STDERR = "stderr.txt"  # of a child that failed, stalled or was killed: its traceback
 STDERR_KEPT = 20_000  # characters
 # What a child sees unless the user's own environment says otherwise.
 CHILD_ENVIRONMENT = {
@@ -62,19 +67,19 @@ def run(
         trace: writes a profiler trace of a few steps after the measured ones.
 
     Raises:
-        UserError: the record cannot be written.
+        UserError: the record cannot be written; where the disk had room for its mark, the next start makes one of that.
         KeyboardInterrupt: after the child has been ended and its record written as `killed`.
     """
     record = new_record(describe(case, resolve(case)), machine)
     cache = compile_cache(case, machine)
-    with tempfile.TemporaryDirectory(prefix="netdyno-") as scratch:
+    with in_flight(record, results) as scratch:
         order = Order(
             case=case,
             data=data,
-            pictures=Path(scratch),
+            pictures=scratch,
             started=time.time(),
             gpu=machine["gpu"],
-            trace=Path(scratch) / TRACE if trace else None,
+            trace=scratch / TRACE if trace else None,
         )
         interrupted = False
         try:
@@ -87,7 +92,7 @@ def run(
         if cache is not None and record["compile"] is not None:
             record["compile"] = (read_cold_start(cache, record["code"]) or {}) | record["compile"]
         record["roofline"] = achieved(record, load_ceilings(machine, results))
-        keep_files(record, results, Path(scratch))
+        keep_files(record, results, scratch)
         save(record, results)
     if interrupted:
         raise KeyboardInterrupt
@@ -127,11 +132,15 @@ def measure_cold_start(order: Order, cache: Path, code: str, listen: Listen) -> 
 
 def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> None:
     """Starts a child, follows it to its end and puts what it says, and how it ended, into `record`."""
-    environment = CHILD_ENVIRONMENT | os.environ | ({} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": str(cache)})
+    environment = CHILD_ENVIRONMENT | os.environ
+    if len(os.fsencode(order.pictures)) <= LONGEST_TMPDIR:
+        environment["TMPDIR"] = str(order.pictures)  # what its workers leave goes with it
+    if cache is not None:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, Gpu.open() as gpu:
         child = subprocess.Popen(
             CHILD,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.PIPE,  # open until the end: it closes with this process, and then the child ends itself
             stdout=subprocess.PIPE,
             stderr=errors,
             encoding="utf-8",
@@ -139,17 +148,19 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> N
             env=environment,
             start_new_session=True,  # so that its workers end with it
         )
-        assert child.stdin is not None
         record |= {"status": "ok", "reason": None}
         strange = None
         try:
-            with suppress(BrokenPipeError), child.stdin:  # it may be gone already; how it ended says why
-                child.stdin.write(replace(order, started=time.time()).to_json())
+            with suppress(BrokenPipeError):  # it may be gone already; how it ended says why
+                print(replace(order, started=time.time()).to_json(), file=child.stdin, flush=True)
             with Sampler(gpu, child.pid) as sampler:
                 try:
                     strange = follow(child, record, sampler, listen)
                 except TimeoutError:
                     record |= {"status": "timeout", "reason": f"no word from the child for {STALL_S:.0f} s"}
+                    child.send_signal(signal.SIGABRT)  # faulthandler writes where each of its threads is
+                    with suppress(subprocess.TimeoutExpired):
+                        child.wait(DUMP_S)
         finally:
             end(child)
         errors.seek(0)
@@ -157,7 +168,7 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> N
         if record["status"] == "ok":
             measured = order.compile_only or record["timing"] is not None
             record |= judge(child.returncode, said, strange, measured=measured)
-        if record["status"] == "failed" and said.strip() and not order.compile_only:
+        if record["status"] in ("failed", "timeout", "killed") and said.strip() and not order.compile_only:
             (order.pictures / STDERR).write_text(said[-STDERR_KEPT:], encoding="utf-8")
         add_memory(record, sampler)
 
@@ -249,21 +260,25 @@ def end(child: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+    if child.stdin is not None:
+        with suppress(BrokenPipeError):
+            child.stdin.close()
 
 
 def keep_files(record: Record, results: Path, scratch: Path) -> None:
     """Puts pictures, trace and a failed child's last words beside the record, named after it.
 
-    Pictures are listed in it with their hashes.
+    Pictures are listed in it with their hashes; without an accuracy they are of an epoch that was cut off.
     """
     base = path_of(record, results)
     kept = []
-    for picture in sorted(scratch.glob("*.webp"), key=lambda path: int(path.stem)):
+    pictures = scratch.glob("*.webp") if record["accuracy"] else ()
+    for picture in sorted(pictures, key=lambda path: int(path.stem)):
         content = picture.read_bytes()
         name = f"{record['id']}.{picture.name}"
         write_atomically(base.with_name(name), content)
         kept.append({"epoch": int(picture.stem), "file": name, "sha256": hashlib.sha256(content).hexdigest()})
-    if kept and record["accuracy"]:
+    if kept:
         record["accuracy"]["pictures"] = kept
     for name in (TRACE, STDERR):
         if (scratch / name).exists():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .record import SCHEMA, STATUSES, Record
+from .record import STATUSES, Record, check_schema, paths_in
 from .summary import clean
 
 LARGEST_RECORD = 64 * 1024  # bytes; 16 KiB is the rule, and a curve of 200 epochs is above it
@@ -42,6 +42,17 @@ def read(path: Path) -> Record:
     return parse(content, str(path))
 
 
+def read_all(results: Path) -> tuple[list[Record], list[str]]:
+    """Every valid record in `results/<machine>/<workload>/`, oldest first, and a line on each file that is none."""
+    records, problems = [], []
+    for path in paths_in(results):
+        try:
+            records.append(read(path))
+        except UserError as error:
+            problems.append(str(error))
+    return records, problems
+
+
 def parse(content: bytes, name: str) -> Record:
     """The record in `content`. UserError with `name` in it where anything is not as it must be."""
     if len(content) > LARGEST_RECORD:
@@ -49,8 +60,7 @@ def parse(content: bytes, name: str) -> Record:
     record = parse_json(content, name)
     if not isinstance(record, dict) or "schema" not in record:
         raise UserError(f"{name} is no record of Netdyno: it has no 'schema'")
-    if record["schema"] != SCHEMA or isinstance(record["schema"], bool):
-        raise UserError(f"{name} has another schema than {SCHEMA}, the one that this version reads")
+    check_schema(record["schema"], name)
     for problem in problems(record):
         raise UserError(f"{name} is no valid record: {clean(problem)}")
     return record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-import xml.etree.ElementTree as ElementTree
+import xml.etree.ElementTree as ElementTree  # it writes, and reads nothing  # nosec B405
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import groupby

@@ -171,7 +171,7 @@ def test_mirrored_photographs_are_exact_and_warped_ones_vary(photographs: list[P
 )
 def test_a_broken_jpeg_is_named(photographs: list[Path], damage) -> None:
     photographs[7].write_bytes(damage(photographs[7].read_bytes()))
-    with pytest.raises(UserError, match=r"07\.jpg: not a .*JPEG") as caught:
+    with pytest.raises(UserError, match=r"07\.jpg (is truncated or not a JPEG image|cannot be decoded: )") as caught:
         list(jpegs(photographs).epoch())
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"07\.jpg"):
@@ -180,7 +180,7 @@ def test_a_broken_jpeg_is_named(photographs: list[Path], damage) -> None:
 
 def test_a_missing_jpeg_is_named(photographs: list[Path]) -> None:
     photographs[3].unlink()
-    with pytest.raises(UserError, match=r"03\.jpg: cannot be read"):
+    with pytest.raises(UserError, match=r"03\.jpg cannot be read"):
         jpegs(photographs)
 
 

@@ -3,7 +3,7 @@ import hashlib
 import http.server
 import io
 import json
-import pickle
+import re
 import socket
 import struct
 import tarfile
@@ -11,6 +11,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +135,6 @@ def test_known_hashes_are_those_of_the_real_files(data_root: Path) -> None:
 # --- CIFAR ---
 
 
-def python2_pickle(value: object) -> bytes:
-    """As Python 2 wrote it: a dtype's flags are 0 and 1, not False and True."""
-    return pickle.dumps(value, protocol=2).replace(b"\x89\x88\x87", b"K\x00K\x01\x87")
-
-
 def pack(target: Path, files: dict[str, bytes]) -> None:
     with tarfile.open(target, "w:gz") as tar:
         for name, content in files.items():
@@ -149,55 +145,77 @@ def pack(target: Path, files: dict[str, bytes]) -> None:
 
 @pytest.fixture(params=["cifar10", "cifar100"])
 def cifar(request: pytest.FixtureRequest, site: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A small CIFAR in the authors' form: rows of 3,072 bytes, a plane a colour."""
-    name = request.param
-    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    key, classes = ("labels", 10) if name == "cifar10" else ("fine_labels", 100)
-    batches = {file: 4 for file, _ in cls.train_list} | {file: 3 for file, _ in cls.test_list}
-    images = {file: RNG.integers(0, 256, (count, 3, 32, 32), np.uint8) for file, count in batches.items()}
-    labels = {file: [int(label) for label in RNG.integers(0, classes, count)] for file, count in batches.items()}
-    files = {file: python2_pickle({"data": images[file].reshape(-1, 3072), key: labels[file]}) for file in batches}
-    files[cls.meta["filename"]] = pickle.dumps({cls.meta["key"]: [str(i) for i in range(classes)]}, protocol=2)
-    archive = site / cls.filename
-    pack(archive, {f"{cls.base_folder}/{file}": content for file, content in files.items()})
-    monkeypatch.setattr(cls, "url", archive.as_uri())
-    monkeypatch.setattr(cls, "tgz_md5", md5(archive.read_bytes()))
-    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5(files[cls.meta["filename"]])})
-    for part in ("train_list", "test_list"):
-        monkeypatch.setattr(cls, part, [[file, md5(files[file])] for file, _ in getattr(cls, part)])
-    return {"name": name, "cls": cls, "images": images, "labels": labels, "archive": archive}
+    """A small CIFAR in the authors' form: rows of one or two labels and 3,072 pixels, a plane a colour."""
+    known = module.CIFAR[request.param]
+    files, images, labels = {}, {}, {}
+    for file in known.splits["train"] + known.splits["test"]:
+        images[file] = RNG.integers(0, 256, (4, 3, 32, 32), np.uint8)
+        numbers = RNG.integers(0, 10, (4, known.labels), np.uint8)
+        labels[file] = numbers[:, -1]
+        files[f"{known.folder}/{file}"] = np.hstack([numbers, images[file].reshape(4, -1)]).tobytes()
+    archive = site / known.archive
+    pack(archive, files)
+    monkeypatch.setattr(module, "CIFAR_URL", site.as_uri() + "/")
+    take(monkeypatch, request.param, archive)
+    return {"name": request.param, "images": images, "labels": labels, "archive": archive}
+
+
+def take(monkeypatch: pytest.MonkeyPatch, name: str, archive: Path) -> None:
+    """Makes fetch take `archive` for the known one."""
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(module.CIFAR, name, replace(module.CIFAR[name], sha256=digest))
 
 
 def test_cifar_is_converted(root: Path, cifar: dict[str, Any]) -> None:
-    name, cls = cifar["name"], cifar["cls"]
+    name = cifar["name"]
     fetch(name, root, quiet)
-    for split, batches in (("train", cls.train_list), ("test", cls.test_list)):
+    for split, batches in module.CIFAR[name].splits.items():
         found = load(name, split, root)
-        images = np.concatenate([cifar["images"][file] for file, _ in batches]).transpose(0, 2, 3, 1)
+        images = np.concatenate([cifar["images"][file] for file in batches]).transpose(0, 2, 3, 1)
         np.testing.assert_array_equal(found.images, images)
-        np.testing.assert_array_equal(found.labels, [label for file, _ in batches for label in cifar["labels"][file]])
+        np.testing.assert_array_equal(found.labels, np.concatenate([cifar["labels"][file] for file in batches]))
         assert found.label == "official"
     assert verify(name, root) == []
     assert [path.name for path in root.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("change", ["a file too few", "half a row"])
+@pytest.mark.fault("a damaged or hostile archive")
+def test_an_archive_with_other_files_is_refused(
+    root: Path, cifar: dict[str, Any], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    known = module.CIFAR[cifar["name"]]
+    rows = bytes(2 * (known.labels + 3072))
+    files = {f"{known.folder}/{file}": rows for file in known.splits["train"] + known.splits["test"]}
+    if change == "half a row":
+        files[f"{known.folder}/{known.splits['test'][0]}"] = rows[:-7]
+    else:
+        files.popitem()
+    pack(cifar["archive"], files)
+    take(monkeypatch, cifar["name"], cifar["archive"])
+    with pytest.raises(UserError, match=rf"{re.escape(known.archive)} does not hold what it should"):
+        fetch(cifar["name"], root, quiet)
+    assert_nothing_left(root)
+
+
+@pytest.mark.fault("a damaged or hostile archive")
 def test_a_changed_archive_is_refused_before_it_is_opened(root: Path, cifar: dict[str, Any]) -> None:
     cifar["archive"].write_bytes(cifar["archive"].read_bytes()[:-1] + b"?")
-    with pytest.raises(UserError, match="is not the known archive: md5") as caught:
+    with pytest.raises(UserError, match="is not the known archive: sha256") as caught:
         fetch(cifar["name"], root, quiet)
-    assert cifar["cls"].filename in str(caught.value)
+    assert cifar["archive"].name in str(caught.value)
     assert_nothing_left(root)
 
 
 def test_an_archive_in_downloads_needs_no_network(
     root: Path, cifar: dict[str, Any], closed_port: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cifar["cls"], "url", closed_port)
+    monkeypatch.setattr(module, "CIFAR_URL", closed_port)
     (root / "downloads").mkdir(parents=True)
-    kept = root / "downloads" / cifar["cls"].filename
+    kept = root / "downloads" / cifar["archive"].name
     kept.write_bytes(cifar["archive"].read_bytes())
     fetch(cifar["name"], root, quiet)
-    assert len(load(cifar["name"], "test", root)) == 3
+    assert len(load(cifar["name"], "test", root)) == 4
     assert kept.is_file()
 
 
@@ -229,6 +247,7 @@ def flowers(site: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[bytes
     return images
 
 
+@pytest.mark.fault("a damaged or hostile archive")
 def test_flowers_are_split_by_content(root: Path, flowers: dict[str, list[bytes]]) -> None:
     fetch("flowers", root, quiet)
     content = {}
@@ -270,6 +289,7 @@ def test_faces_without_an_archive_say_where_to_get_it(root: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("a damaged or hostile archive")
 def test_faces_are_kept_or_resized(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for where in (module, prepared):
         monkeypatch.setattr(where, "HELD_OUT", 1)
@@ -298,10 +318,27 @@ def test_faces_are_kept_or_resized(root: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not [*root.parent.rglob("2.png")]
 
 
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+GREY = Image.new("L", (64, 64), 90)
+
+
+@pytest.mark.fault("a damaged or hostile image")
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"images/0.jpg": b"no image"}, r"'images/0\.jpg' in .* cannot be decoded"),
+        ({"images/0.jpg": b""}, r"'images/0\.jpg' in .* cannot be decoded"),
+        ({"images/0.png": encoded(GREY, "GIF")}, r"'images/0\.png' in .* cannot be decoded"),
+        ({"images/0.png": encoded(Image.new("I;16", (64, 64), 40_000), "PNG")}, r"0\.png' in .* more than 8 bits"),
+        (
+            {"images/0.png": encoded(GREY, "PNG", save_all=True, append_images=[Image.new("L", (64, 64), 91)])},
+            r"0\.png' in .* is animated",
+        ),
         ({"images/0.jpg": jpeg(90, 90, 0)[:-400]}, r"'images/0\.jpg' in .* cannot be decoded"),
         ({"images/0.jpg": bytes(17 << 20)}, r"'images/0\.jpg' in .* larger than 16 MiB"),
         ({"images/0.jpg": jpeg(64, 64, 0)}, r"holds 1 images, but the last 1000 are held out"),
@@ -314,6 +351,26 @@ def test_bad_faces_are_named(root: Path, files: dict[str, bytes], message: str) 
     assert_nothing_left(root)
 
 
+def test_printers_colours_and_palettes_are_converted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in (module, prepared):
+        monkeypatch.setattr(where, "HELD_OUT", 1)
+    red = Image.new("RGB", (64, 64), (200, 30, 30))
+    pack_faces(
+        root,
+        {
+            "0.jpg": encoded(red.convert("CMYK"), "JPEG"),
+            "1.png": encoded(red.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+            "2.png": encoded(red.convert("RGBA"), "PNG"),
+        },
+    )
+    fetch("anime_faces", root, quiet)
+    for path in (root / "anime_faces" / "train").iterdir():
+        with Image.open(path) as image:
+            assert np.abs(np.asarray(image).astype(int) - np.asarray(red)).max() < 12
+    assert verify("anime_faces", root) == []
+
+
+@pytest.mark.fault("a damaged or hostile archive")
 def test_a_damaged_zip_is_named(root: Path) -> None:
     archive = pack_faces(root, {"images/0.jpg": jpeg(64, 64, 0)})
     for content in (b"", archive.read_bytes()[:-30], archive.read_bytes().replace(b"\xff\xd8", b"\xff\xd7", 1)):
@@ -331,8 +388,7 @@ def test_no_network_is_one_line_and_soon(
     root: Path, closed_port: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [closed_port])
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", closed_port)
-    monkeypatch.setattr(torchvision.datasets.CIFAR100, "url", closed_port)
+    monkeypatch.setattr(module, "CIFAR_URL", closed_port)
     monkeypatch.setattr(module, "FLOWERS_URL", closed_port)
     begun = time.monotonic()
     with pytest.raises(UserError, match=r"cannot download .*refused.*check the network, or put it at ") as caught:
@@ -378,6 +434,7 @@ def stalling_server() -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.fault("a download that breaks off")
 def test_a_broken_download_is_refused(root: Path, stalling_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FLOWERS_URL", f"{stalling_server}/flower_photos.tgz")
     with pytest.raises(UserError, match=r"flower_photos\.tgz.*10 bytes.*is not the known archive: sha256"):

@@ -414,16 +414,27 @@ def test_an_accuracy_gate_over_seeds_fails_a_fast_but_worse_change(netdyno: Any,
 # The workflow
 
 
-def test_the_workflow_has_the_least_permissions_and_pins_its_actions() -> None:
-    text = (ROOT / ".github" / "workflows" / "netdyno.yml").read_text()
-    workflow = yaml.safe_load(text)
-    assert workflow["permissions"] == {}
-    jobs = workflow["jobs"]
-    assert {name: job["permissions"] for name, job in jobs.items()} == {
+RIGHTS = {
+    "netdyno": {
         "measure": {"contents": "read"},
         "gate": {"contents": "read"},
         "comment": {"pull-requests": "write"},
-    }
+    },
+    "checks": {"check": {"contents": "read"}, "audit": {"contents": "read"}},
+}
+
+
+def test_all_workflows_are_known() -> None:
+    assert {path.stem for path in (ROOT / ".github" / "workflows").iterdir()} == {*RIGHTS}
+
+
+@pytest.mark.parametrize("name", RIGHTS)
+def test_a_workflow_has_the_least_permissions_and_pins_its_actions(name: str) -> None:
+    text = (ROOT / ".github" / "workflows" / f"{name}.yml").read_text()
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {}
+    jobs = workflow["jobs"]
+    assert {name: job["permissions"] for name, job in jobs.items()} == RIGHTS[name]
     used = re.findall(r"uses: (\S+)", text)
     assert used
     assert all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", action) for action in used)
@@ -433,6 +444,10 @@ def test_the_workflow_has_the_least_permissions_and_pins_its_actions() -> None:
             assert "${{" not in step.get("run", "")  # values reach a shell through its environment only
             if str(step.get("uses")).startswith("actions/checkout"):
                 assert step["with"]["persist-credentials"] is False
+
+
+def test_the_gate_runs_the_code_of_the_target_branch() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "netdyno.yml").read_text())["jobs"]
     checkout = next(step for step in jobs["gate"]["steps"] if str(step.get("uses")).startswith("actions/checkout"))
     assert "base.sha" in checkout["with"]["ref"]  # gate and baseline are the target branch's
 

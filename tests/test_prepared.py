@@ -3,6 +3,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +145,7 @@ IMAGES = np.zeros((12, 28, 28, 1), np.uint8)
 LABELS = np.zeros(12, np.int64)
 
 
+@pytest.mark.fault("a damaged or hostile array file, pickles among them")
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
@@ -176,6 +178,7 @@ def test_a_damaged_array_is_named(tmp_path: Path, file: str, damage: Callable[[P
     load("mnist", "test", tmp_path)  # the other split is whole
 
 
+@pytest.mark.fault("a damaged or hostile array file, pickles among them")
 def test_a_pickle_in_an_array_file_is_never_executed(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple:
@@ -189,6 +192,7 @@ def test_a_pickle_in_an_array_file_is_never_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.fault("a manifest that lies")
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -203,6 +207,8 @@ def test_a_pickle_in_an_array_file_is_never_executed(tmp_path: Path) -> None:
         (lambda m: m["splits"]["train"].update(shape=[32, 32, 3]), "train.shape is"),
         (lambda m: m["splits"]["train"].update(classes=9), "train.classes is 9"),
         (lambda m: m["splits"]["train"].pop("sha256"), "train.sha256 is missing"),
+        (lambda m: m["splits"]["train"].update(images=10**30), r"says uint8 \[1000000000000000000000000000000, 28"),
+        (lambda m: m.update(split="official\n## another"), "'split' is missing or no short text"),
     ],
 )
 def test_every_number_of_a_manifest_is_checked(tmp_path: Path, edit: Callable[[dict], object], message: str) -> None:
@@ -214,7 +220,8 @@ def test_every_number_of_a_manifest_is_checked(tmp_path: Path, edit: Callable[[d
     assert verify("mnist", tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x80"])
+@pytest.mark.fault("a manifest that lies")
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x80", "[" * 100_000, "1" * 5_000])
 def test_a_broken_manifest_is_named(tmp_path: Path, text: str) -> None:
     path = write_mnist(tmp_path) / "manifest.json"
     path.write_bytes(text.encode("latin1"))
@@ -222,7 +229,14 @@ def test_a_broken_manifest_is_named(tmp_path: Path, text: str) -> None:
         load("mnist", "train", tmp_path)
 
 
-@pytest.mark.parametrize("classes", [None, [*FLOWERS[:4]], [*FLOWERS[:4], "daisy"], [*FLOWERS[:4], "../tulip"]])
+@pytest.mark.fault("a manifest that lies")
+@pytest.mark.parametrize(
+    "classes",
+    [
+        *(None, 5, [*FLOWERS[:4]], [*FLOWERS[:4], "daisy"], [*FLOWERS[:4], ["tulip"]]),
+        *([*FLOWERS[:4], last] for last in ("../tulip", "..", ".", "", "/", "a/b", "tu\0lip", "t" * 300)),
+    ],
+)
 def test_class_folders_must_be_five_plain_names(tmp_path: Path, classes: list[str] | None) -> None:
     edit_manifest(write_flowers(tmp_path), lambda m: m.update(classes=classes))
     with pytest.raises(UserError, match="'classes' does not name 5 folders"):
@@ -244,6 +258,50 @@ def test_a_lost_image_is_noticed(tmp_path: Path) -> None:
     assert len(verify("flowers", tmp_path)) == 1
 
 
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return content.getvalue()
+
+
+RED = Image.new("RGB", (40, 30), (200, 30, 30))
+JPEG = encoded(RED, "JPEG")
+SIZE = JPEG.index(b"\xff\xc0") + 5  # of the frame header: height and width, two bytes each
+STRANGE = {
+    "no bytes": (b"", "truncated or not a JPEG"),
+    "a PNG under another name": (encoded(RED, "PNG"), "truncated or not a JPEG"),
+    "an animated GIF": (encoded(RED, "GIF", save_all=True, append_images=[Image.new("RGB", (40, 30))]), "not a JPEG"),
+    "16 bits": (encoded(Image.new("I;16", (40, 30), 40_000), "PNG"), "truncated or not a JPEG"),
+    "12 bits": (JPEG[: SIZE - 1] + b"\x0c" + JPEG[SIZE:], "cannot be decoded"),
+    "printers' colours": (encoded(RED.convert("CMYK"), "JPEG"), "JPEG image in CMYK"),
+    "a thumbnail with an end": (JPEG[:2] + b"\xff\xe1\x00\x06\xff\xd8\xff\xd9" + JPEG[2:-40], "truncated"),
+    "4 gigapixels": (JPEG[:SIZE] + b"\xff\xff\xff\xff" + JPEG[SIZE + 4 :], "cannot be decoded"),
+    "no pixels": (JPEG[:SIZE] + bytes(4) + JPEG[SIZE + 4 :], "cannot be decoded"),
+}
+
+
+@pytest.mark.fault("a damaged or hostile image")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_an_image_that_is_none_of_the_set_is_named(tmp_path: Path, kind: str) -> None:
+    content, message = STRANGE[kind]
+    path = write_flowers(tmp_path) / "train" / "rose" / "0001.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"rose/0001\.jpg .*{message}") as caught:
+        load("flowers", "train", tmp_path)
+    assert "\n" not in str(caught.value)
+    (problem,) = verify("flowers", tmp_path)
+    assert problem == str(caught.value)  # one rule
+
+
+def test_a_grey_jpeg_is_an_image_like_others(tmp_path: Path) -> None:
+    folder = write_flowers(tmp_path)
+    (folder / "train" / "rose" / "0001.jpg").write_bytes(encoded(RED.convert("L"), "JPEG"))
+    edit_manifest(folder, lambda m: m["splits"]["train"].pop("files_sha256"))
+    assert len(load("flowers", "train", tmp_path)) == 15
+    assert verify("flowers", tmp_path) == []
+
+
+@pytest.mark.fault("a damaged or hostile image")
 @pytest.mark.parametrize("content", [None, b"", b"GIF89a", b"\xff\xd8 and no end"])
 def test_a_truncated_jpeg_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = write_flowers(tmp_path) / "train" / "rose" / "0001.jpg"
@@ -286,7 +344,7 @@ def test_verify_decodes_each_jpeg_also_without_a_digest(tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:200] + content[-2:])  # both markers, nothing between them that could be decoded
     (problem,) = verify("flowers", tmp_path)
-    assert problem.startswith(f"{path}: cannot be decoded")
+    assert problem.startswith(f"{path} cannot be decoded")
 
 
 def test_verify_finds_a_face_of_another_size(tmp_path: Path) -> None:
@@ -308,6 +366,16 @@ def test_a_set_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert [*tmp_path.iterdir()] == []
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / ".mnist-abcdefgh"
+    (left / "mnist").mkdir(parents=True)
+    with new_set("mnist", tmp_path) as folder:
+        assert not left.exists()
+        with new_set("mnist", tmp_path):  # another writer at work
+            pass
+        assert folder.is_dir()
 
 
 def test_the_quicker_of_two_writers_wins(tmp_path: Path) -> None:

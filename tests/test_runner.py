@@ -28,7 +28,7 @@ T4 = Case(workload="mnist-cnn", suite="quick", tuning="t4")
 
 PREAMBLE = """
 import json, os, signal, subprocess, sys, time
-order = json.loads(sys.stdin.read())
+order = json.loads(sys.stdin.readline())
 
 def emit(**event):
     print(json.dumps(event), flush=True)
@@ -121,6 +121,7 @@ def test_the_child_gets_its_order(go: Any, tmp_path: Path) -> None:
     assert (order.compile_only, order.trace) == (False, None)
 
 
+@pytest.mark.fault("a child that fails, is killed or says nonsense")
 @pytest.mark.parametrize(
     ("script", "status", "reason"),
     [
@@ -188,6 +189,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.fault("a step that stalls")
 def test_silence_ends_the_child_and_its_workers(go: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "STALL_S", 1.0)
     monkeypatch.setattr(runner, "POLL_S", 0.05)
@@ -202,6 +204,7 @@ def test_silence_ends_the_child_and_its_workers(go: Any, monkeypatch: pytest.Mon
     assert threading.active_count() == threads
 
 
+@pytest.mark.fault("a step that stalls")
 def test_a_child_that_closes_its_output_but_stays_is_ended(go: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "STALL_S", 0.5)
     record = go("measure(); emit(section='data', value={'pid': os.getpid()}); os.close(1); time.sleep(600)")

@@ -1,5 +1,6 @@
 """What a record may hold, and what is said of one that holds something else."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from made_up_fleet import fleet, one
 from made_up_records import seen
 
-from netdyno.bench import schema
+from netdyno.bench import record, schema, table
 from netdyno.bench.errors import UserError
 
 
@@ -76,3 +77,34 @@ def test_strict_json(text: str, tmp_path: Path) -> None:
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError, match=str(path)):
         schema.read(path)
+
+
+# schemas
+
+WRITTEN = {
+    int(path.stem.rpartition("-")[2]): path for path in (Path(__file__).parent / "golden").glob("record-schema-*")
+}
+
+
+def test_a_record_of_every_schema_is_kept() -> None:
+    assert [*WRITTEN] == [*range(1, record.SCHEMA + 1)]  # who raises SCHEMA puts a record of it there
+
+
+@pytest.mark.parametrize("number", WRITTEN)
+def test_records_of_every_schema_are_read(number: int) -> None:
+    assert f'"schema":{number},' in WRITTEN[number].read_text()
+    found = [schema.read(WRITTEN[number]), record.load(WRITTEN[number])]
+    assert found[0] == found[1]
+    assert found[0]["schema"] == record.SCHEMA
+    assert "mnist-cnn" in table.to_csv(found)
+
+
+@pytest.mark.parametrize("number", [record.SCHEMA + 1, 0, -1, True, 1.5, "1", None, [], 10**40])
+def test_records_of_other_schemas_are_refused_politely(tmp_path: Path, number: Any) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(one() | {"schema": number}))
+    for reader in (schema.read, record.load):
+        with pytest.raises(UserError, match=r"some\.json has schema .*; this version reads 1") as caught:
+            reader(path)
+        newer = type(number) is int and number > record.SCHEMA
+        assert str(caught.value).endswith("a newer Netdyno reads it") is newer

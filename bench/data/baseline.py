@@ -20,6 +20,7 @@ from torchvision import transforms
 
 from ..errors import UserError
 from .loader import Batch, Loader, check_array_set, check_jpeg_set, count_epoch, labels_or_zeros
+from .prepared import decoding
 
 if TYPE_CHECKING:
     from ..workloads import Preprocess
@@ -98,11 +99,8 @@ class _Images(Dataset[tuple[Tensor, int]]):
         if isinstance(source, np.ndarray):
             image = Image.fromarray(source[:, :, 0] if source.shape[2] == 1 else source)
         else:
-            try:
-                with Image.open(source) as stored:
-                    image = stored.convert("RGB")
-            except (OSError, SyntaxError) as error:  # Pillow raises both for broken files
-                raise UserError(f"{source}: not a sound JPEG ({error}); replace or remove it") from error
+            with decoding(source), Image.open(source, formats=["JPEG"]) as stored:
+                image = stored.convert("RGB")
         return self._transform(image), int(self._labels[i])
 
 

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ...kernels.augment import augment
 from ..errors import UserError
 from .loader import Batch, Loader, check_array_set, check_jpeg_set, count_epoch, labels_or_zeros
+from .prepared import check_decodes, read_jpeg
 
 if TYPE_CHECKING:
     from ..workloads import Preprocess
@@ -141,7 +141,7 @@ def jpeg_loader(
     moves = preprocess if train else _unmoved(preprocess)
     warped = bool(moves.shear_deg or moves.zoom or moves.flip)
     source = _jpeg_batches(
-        [_read_jpeg(file) for file in files],
+        [np.frombuffer(read_jpeg(file), np.uint8) for file in files],
         labels_or_zeros(labels, len(files)),
         count=images_per_epoch,
         batch_size=batch_size,
@@ -183,7 +183,7 @@ def jpeg_loader(
 
 def decode(files: Sequence[Path], device: torch.device) -> np.ndarray:
     """uint8 [N, H, W, 3] of JPEGs of one size; UserError names a file that is of another or cannot be decoded."""
-    encoded = [_read_jpeg(file) for file in files]
+    encoded = [np.frombuffer(read_jpeg(file), np.uint8) for file in files]
     starts = range(0, len(encoded), DECODE_CHUNK)
     dali, fn, types = import_dali()
     pipeline = _per_image_pipeline(dali, DECODE_CHUNK, device)
@@ -435,25 +435,5 @@ def _run(pipeline: Any, stream: torch.cuda.Stream | None, files: Sequence[Path])
         return pipeline.run(stream)
     except RuntimeError as error:
         for file in files:  # DALI does not say which one it was
-            _check_decodes(file)
+            check_decodes(file)
         raise error
-
-
-def _check_decodes(file: Path) -> None:
-    try:
-        with Image.open(file) as image:
-            image.load()
-    except (OSError, SyntaxError) as error:  # Pillow raises both for broken files
-        raise UserError(f"{file}: not a sound JPEG ({error}); replace or remove it") from error
-
-
-def _read_jpeg(file: Path) -> np.ndarray:
-    """The encoded bytes, uint8 [n]; UserError without the markers of start and end: GPU decoders may pass over them."""
-    try:
-        encoded = np.fromfile(file, np.uint8)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    data = encoded.tobytes()
-    if not data.startswith(b"\xff\xd8") or b"\xff\xd9" not in data:
-        raise UserError(f"{file}: not a JPEG, or cut short; replace or remove it")
-    return encoded

@@ -5,24 +5,25 @@ that needs an account, is served by copying a file there. Every archive is check
 inside it are never used as paths.
 
 Sources:
-    mnist, cifar10, cifar100   torchvision.datasets: its addresses, MD5 sums and readers
-    flowers                    TensorFlow's flower_photos: 3,670 photographs under Creative Commons licences, 5 classes
-    anime_faces                Kaggle, splcher/animefacedataset; needs an account
+    mnist              torchvision.datasets: its addresses, MD5 sums and reader
+    cifar10, cifar100  the authors' binary archives: their Python ones hold pickles, which nothing here opens
+    flowers            TensorFlow's flower_photos: 3,670 photographs under Creative Commons licences, 5 classes
+    anime_faces        Kaggle, splcher/animefacedataset; needs an account
 """
 
+import contextlib
 import hashlib
 import http.client
 import io
+import lzma
 import queue
 import shutil
 import tarfile
 import threading
 import urllib.error
 import urllib.request
-import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .prepared import FORMS, HELD_OUT, locate, new_set, sha256_of, write_arrays, write_folders
+from .prepared import BROKEN, FORMS, HELD_OUT, decoding, locate, new_set, sha256_of, write_arrays, write_folders
 
 Report = Callable[[str], None]
 
@@ -49,6 +50,40 @@ MNIST_SHA256 = {  # of the arrays in the prepared format, made from the original
     ),
 }
 
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cifar:
+    """The authors' binary archive of a CIFAR set: files of rows, each of label bytes and 3 × 32 × 32 pixels."""
+
+    archive: str
+    sha256: str  # as TensorFlow Datasets has it
+    folder: str
+    splits: dict[str, tuple[str, ...]]
+    labels: int  # bytes of labels before the pixels of an image; the last is the one we take
+    title: str
+
+
+CIFAR = {
+    "cifar10": Cifar(
+        archive="cifar-10-binary.tar.gz",
+        sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        folder="cifar-10-batches-bin",
+        splits={"train": tuple(f"data_batch_{n}.bin" for n in range(1, 6)), "test": ("test_batch.bin",)},
+        labels=1,
+        title="CIFAR-10",
+    ),
+    "cifar100": Cifar(
+        archive="cifar-100-binary.tar.gz",
+        sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+        folder="cifar-100-binary",
+        splits={"train": ("train.bin",), "test": ("test.bin",)},
+        labels=2,  # coarse, fine
+        title="CIFAR-100 with fine labels",
+    ),
+}
+
 FLOWERS_URL = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz"
 FLOWERS_SHA256 = "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c"  # TensorFlow Datasets, tf_flowers
 FLOWERS_CLASSES = {  # folder in the archive → class
@@ -61,6 +96,10 @@ FLOWERS_CLASSES = {  # folder in the archive → class
 
 FACES_PAGE = "https://www.kaggle.com/datasets/splcher/animefacedataset"
 FACES_ARCHIVE = "anime_faces.zip"
+BAD_ZIP: tuple[type[Exception], ...] = (  # what a damaged or hostile zip file makes its reader raise
+    *(zipfile.BadZipFile, lzma.LZMAError, NotImplementedError, RuntimeError),
+    *BROKEN,
+)
 FACES_ENTRY_MIB = 16  # more for one small face is not an image of this set
 
 
@@ -120,27 +159,21 @@ def _fetch_mnist(job: _Job) -> None:
 
 
 def _fetch_cifar(job: _Job) -> None:
-    from torchvision import datasets
-
-    cls: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[job.name]
-    archive, unpacked = job.scratch / cls.filename, job.scratch / cls.base_folder
-    _obtain(job, archive, [cls.url], "md5", cls.tgz_md5)
-    unpacked.mkdir()
+    cifar = CIFAR[job.name]
+    archive = job.scratch / cifar.archive
+    _obtain(job, archive, [CIFAR_URL + cifar.archive], "sha256", cifar.sha256)
+    arrays = {}
     try:
         with tarfile.open(archive) as tar:
-            for file in [*(file for file, _ in cls.train_list + cls.test_list), cls.meta["filename"]]:
-                if member := tar.extractfile(f"{cls.base_folder}/{file}"):
-                    (unpacked / file).write_bytes(member.read())
-        with warnings.catch_warnings():
-            # NumPy 2.4.0 to 2.4.4 warns about the dtype in files as old as these (numpy/numpy#31177)
-            warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
-            # compares each file's MD5 before it unpickles it
-            sources = {split: cls(job.scratch, train=split == "train") for split in ("train", "test")}
-    except (tarfile.TarError, KeyError, RuntimeError) as error:
-        raise UserError(f"{job.name}: {cls.filename} does not hold what it should: {error}") from error
-    arrays = {split: (source.data, np.array(source.targets, np.int64)) for split, source in sources.items()}
-    title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100 with fine labels"}[job.name]
-    note = f"{title}, official split and order, from the authors' Python archive (MD5 {cls.tgz_md5})."
+            for split, files in cifar.splits.items():
+                members = [tar.extractfile(f"{cifar.folder}/{file}") for file in files]
+                content = b"".join(member.read() for member in members if member)
+                rows = np.frombuffer(content, np.uint8).reshape(-1, cifar.labels + 3 * 32 * 32)
+                images = rows[:, cifar.labels :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                arrays[split] = np.ascontiguousarray(images), rows[:, cifar.labels - 1].astype(np.int64)
+    except (tarfile.TarError, KeyError, ValueError) as error:
+        raise UserError(f"{job.name}: {cifar.archive} does not hold what it should: {error}") from error
+    note = f"{cifar.title}, official split and order, from the authors' binary archive (SHA-256 {cifar.sha256})."
     write_arrays(job.folder, job.name, arrays, split="official", note=note)
 
 
@@ -184,17 +217,18 @@ def _fetch_faces(job: _Job) -> None:
     job.report(f"anime_faces: converting {archive}")
     train = job.folder / "train"
     train.mkdir()
-    try:
-        with zipfile.ZipFile(archive) as source:
-            endings = (".jpg", ".jpeg", ".png")
-            entries = [entry for entry in source.infolist() if entry.filename.lower().endswith(endings)]
-            for index, entry in enumerate(sorted(entries, key=lambda entry: entry.filename)):
-                what = f"anime_faces: {entry.filename!r} in {archive}"
-                if entry.file_size > FACES_ENTRY_MIB << 20:
-                    raise UserError(f"{what} is larger than {FACES_ENTRY_MIB} MiB")
-                (train / f"{index:05d}.jpg").write_bytes(_as_face(source.read(entry), what))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"anime_faces: {archive} cannot be read as a zip archive: {error}") from error
+    with contextlib.ExitStack() as stack:
+        with _readable(archive):
+            source = stack.enter_context(zipfile.ZipFile(archive))
+        endings = (".jpg", ".jpeg", ".png")
+        entries = [entry for entry in source.infolist() if entry.filename.lower().endswith(endings)]
+        for index, entry in enumerate(sorted(entries, key=lambda entry: entry.filename)):
+            what = f"anime_faces: {entry.filename!r} in {archive}"
+            if entry.file_size > FACES_ENTRY_MIB << 20:
+                raise UserError(f"{what} is larger than {FACES_ENTRY_MIB} MiB")
+            with _readable(archive):
+                content = source.read(entry)
+            (train / f"{index:05d}.jpg").write_bytes(_as_face(content, what))
     if len(entries) <= HELD_OUT:
         raise UserError(f"anime_faces: {archive} holds {len(entries)} images, but the last {HELD_OUT} are held out")
     note = (
@@ -206,17 +240,26 @@ def _fetch_faces(job: _Job) -> None:
     write_folders(job.folder, "anime_faces", [], **facts)
 
 
+@contextlib.contextmanager
+def _readable(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except BAD_ZIP as error:
+        raise UserError(f"anime_faces: {archive} cannot be read as a zip archive: {error}") from error
+
+
 def _as_face(content: bytes, what: str) -> bytes:
     """A 64 x 64 RGB JPEG: `content` itself if it is one, else resized and encoded anew."""
     height, width = (FORMS["anime_faces"].shape or (0, 0, 0))[:2]
-    try:
-        with Image.open(io.BytesIO(content), formats=["JPEG", "PNG"]) as image:
-            image.load()
-            if image.format == "JPEG" and image.mode == "RGB" and image.size == (width, height):
-                return content
-            face = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{what} cannot be decoded: {error}") from error
+    with decoding(what), Image.open(io.BytesIO(content), formats=["JPEG", "PNG"]) as image:
+        if getattr(image, "n_frames", 1) != 1:
+            raise UserError(f"{what} is animated")
+        image.load()
+        if image.format == "JPEG" and image.mode == "RGB" and image.size == (width, height):
+            return content
+        if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255, and so make it white
+            raise UserError(f"{what} has more than 8 bits a channel")
+        face = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
     face.save(encoded, "JPEG", quality=95)
     return encoded.getvalue()
@@ -283,7 +326,7 @@ def _open(url: str) -> Any:
     def attempt() -> None:
         request = urllib.request.Request(url, headers={"User-Agent": "netdyno"})
         try:
-            answer.put(urllib.request.urlopen(request, timeout=STALL_S))
+            answer.put(urllib.request.urlopen(request, timeout=STALL_S))  # addresses are constants here  # nosec B310
         except Exception as error:  # whatever it is belongs to the caller, who waits for it
             answer.put(error)
 

@@ -8,21 +8,33 @@ A stand-in lies in <root>/synthetic/<name>, never where a real set would. The ma
 folder gets its name when it is complete, so a set is there whole or not at all.
 """
 
+import fcntl
 import hashlib
+import io
 import json
 import os
+import re
+import shutil
+import struct
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
 
+CLASS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]{0,99}")  # what becomes part of a path
+# What Pillow raises for images that are broken, or so large that decoding them would take all memory.
+BROKEN: tuple[type[Exception], ...] = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 HELD_OUT = 1000  # images at the end of an unlabelled set's train/ that make its "test" split
 
 
@@ -92,8 +104,8 @@ def read_manifest(folder: Path, name: str) -> dict[str, Any]:
     """The manifest in `folder`, its types and fixed facts checked against FORMS[name]; UserError where they differ."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     form = FORMS[name]
 
@@ -104,7 +116,8 @@ def read_manifest(folder: Path, name: str) -> dict[str, Any]:
     expect(isinstance(manifest, dict), "it is not an object")
     expect(manifest.get("name") == name, f"its name is {manifest.get('name')!r}")
     expect(manifest.get("kind") == form.kind, f"its kind is {manifest.get('kind')!r}, not {form.kind!r}")
-    expect(isinstance(manifest.get("split"), str), "'split' is missing")
+    split = manifest.get("split")
+    expect(isinstance(split, str) and len(split) <= 100 and split.isprintable(), "'split' is missing or no short text")
     splits = manifest.get("splits")
     required = {"train", "test"} if form.classes else {"train"}
     expect(isinstance(splits, dict) and set(splits) == required, f"its splits are not {sorted(required)}")
@@ -118,7 +131,7 @@ def read_manifest(folder: Path, name: str) -> dict[str, Any]:
                 expect(isinstance(facts.get(key), str), f"{split}.{key} is missing")
     if form.kind == "folders" and form.classes:
         classes = manifest.get("classes")
-        plain = isinstance(classes, list) and all(isinstance(c, str) and Path(c).name == c for c in classes)
+        plain = isinstance(classes, list) and all(isinstance(name, str) and CLASS.fullmatch(name) for name in classes)
         expect(plain and len(set(classes)) == form.classes, f"'classes' does not name {form.classes} folders")
     return manifest
 
@@ -214,8 +227,8 @@ def new_set(name: str, parent: Path) -> Iterator[Path]:
     target = parent / name
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-", ignore_cleanup_errors=True) as temporary:
-            folder = Path(temporary) / name
+        with _temporary(parent, f".{name}-") as temporary:
+            folder = temporary / name
             folder.mkdir()
             yield folder
             try:
@@ -225,6 +238,35 @@ def new_set(name: str, parent: Path) -> Iterator[Path]:
                     raise
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _temporary(parent: Path, prefix: str) -> Iterator[Path]:
+    """A temporary folder, locked while it is in use; those that processes left when they were killed are removed."""
+    for left in parent.glob(f"{prefix}*"):
+        with suppress(OSError), _open(left) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+    while True:
+        with (
+            tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True) as name,
+            ExitStack() as held,
+        ):
+            folder = Path(name)
+            with suppress(OSError):  # a file system without locks: there nothing is taken for left over
+                fcntl.flock(held.enter_context(_open(folder)), fcntl.LOCK_EX)
+            if folder.exists():  # else it was removed in the moment before it had its lock
+                yield folder
+                return
+
+
+@contextmanager
+def _open(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def write_arrays(folder: Path, name: str, arrays: Mapping[str, tuple[np.ndarray, np.ndarray]], **facts: object) -> None:
@@ -270,7 +312,7 @@ def _open_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         array = np.lib.format.open_memmap(path, mode="r")  # reads .npy only, and never a pickle
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy raises many kinds for a damaged header
         raise UserError(f"{path} is truncated or not a .npy file: {error}") from error
     if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
         order = "" if array.flags.c_contiguous else " in Fortran order"
@@ -312,19 +354,49 @@ def _list_files(folder: Path, split: str, manifest: Mapping[str, Any]) -> tuple[
     return files, np.array([number[path.parent.name] for path in files], np.int64)
 
 
+def read_jpeg(path: Path) -> bytes:
+    """The content of a JPEG file; UserError naming it unless it is one that every decoder makes the same RGB image of.
+
+    The one rule for sets, DALI and verification: whole, and in RGB or grey of 8 bits. Its pixels are not decoded here.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    # GPU decoders pass over a missing end. Some cameras append padding, so the end marker is looked for, not expected
+    # in the last two bytes; a thumbnail in the header has one too, but in the first half.
+    if not content.startswith(b"\xff\xd8") or content.find(b"\xff\xd9", len(content) // 2) < 0:
+        raise UserError(f"{path} is truncated or not a JPEG image")
+    with decoding(path), Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+        if image.mode not in ("L", "RGB"):  # what decoders make of printers' colours differs
+            raise UserError(f"{path} is a JPEG image in {image.mode}; convert it to RGB")
+    return content
+
+
+def check_decodes(path: Path) -> tuple[int, int]:
+    """Width and height of a JPEG file that `read_jpeg` takes and that can be decoded; UserError naming it otherwise."""
+    content = read_jpeg(path)
+    with decoding(path), Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+        image.load()
+        return image.size
+
+
+@contextmanager
+def decoding(what: object) -> Iterator[None]:
+    """Whatever Pillow says of a broken image becomes one line, with `what` in it."""
+    try:
+        yield
+    except UnidentifiedImageError as error:  # its text names an object in memory
+        raise UserError(f"{what} cannot be decoded: its beginning is damaged, or it is no image") from error
+    except BROKEN as error:
+        raise UserError(f"{what} cannot be decoded: {error}") from error
+
+
 def _digest_files(files: Iterable[Path], base: Path) -> str:
     """SHA-256 over each file's name relative to `base` and the SHA-256 of its bytes; UserError for a broken JPEG."""
     digest = hashlib.sha256()
     for path in files:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        # Some cameras append padding, so the end marker is looked for, not expected in the last two bytes; a thumbnail
-        # in the header has one too, but in the first half.
-        if not content.startswith(b"\xff\xd8") or content.find(b"\xff\xd9", len(content) // 2) < 0:
-            raise UserError(f"{path} is truncated or not a JPEG image")
-        digest.update(path.relative_to(base).as_posix().encode() + b"\0" + hashlib.sha256(content).digest())
+        digest.update(path.relative_to(base).as_posix().encode() + b"\0" + hashlib.sha256(read_jpeg(path)).digest())
     return digest.hexdigest()
 
 
@@ -343,14 +415,12 @@ def _verify_files(folder: Path, split: str, form: Form, manifest: Mapping[str, A
     problems = []
     for path in files:
         try:
-            with Image.open(path, formats=["JPEG"]) as image:
-                image.load()
-                if form.shape and image.size != (form.shape[1], form.shape[0]):
-                    problems.append(
-                        f"{path}: {image.size[0]} x {image.size[1]} pixels, not {form.shape[1]} x {form.shape[0]}"
-                    )
-        except OSError as error:
-            problems.append(f"{path}: cannot be decoded: {error}")
+            width, height = check_decodes(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if form.shape and (height, width) != form.shape[:2]:
+            problems.append(f"{path}: {width} x {height} pixels, not {form.shape[1]} x {form.shape[0]}")
     expected = manifest["splits"][split].get("files_sha256")
     if expected and not problems and (actual := _digest_files(files, folder)) != expected:
         problems.append(f"{folder / split}: SHA-256 over names and bytes is {actual}; its manifest says {expected}")

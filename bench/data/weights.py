@@ -24,7 +24,7 @@ def fetch(report: Callable[[str], None]) -> None:
     if path().exists():
         return report(f"ImageNet weights: already in {path()}")
     try:
-        WEIGHTS.get_state_dict(progress=False, check_hash=True)
+        WEIGHTS.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"ImageNet weights cannot be fetched ({error}); ResNet-50 starts from random ones") from error
     report(f"ImageNet weights: fetched into {path()}")
@@ -37,4 +37,6 @@ def load() -> Mapping[str, torch.Tensor] | None:
     try:
         return torch.load(path(), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"{path()} holds no readable weights; delete it and fetch it again ({error})") from error
+        raise UserError(
+            f"{path()} holds no readable weights; delete it and fetch it again ({type(error).__name__})"
+        ) from error
