@@ -30,6 +30,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross")
 LINE_HEIGHT = 16  # pixels of a line of a category's name
 WIDEST = 26  # letters of a category's name in one line
 MARGIN = {"l": 8, "r": 16, "t": 28, "b": 8}  # pixels; above there is room for plotly's buttons
+DECADES = 2  # of a logarithmic axis from which only powers of ten are marked
 MARKED = 30  # points up to which a line shows each of them
 PNG_DPI = 110
 
@@ -60,15 +61,19 @@ def to_plotly(chart: Chart) -> dict[str, Any]:
     sideways = chart.kind in ("bars", "stack", "dots")
     data = [_bars(chart, one) if chart.kind in ("bars", "stack") else _scatter(chart, one) for one in chart.series]
     values: dict[str, Any] = {"title": {"text": _plain(chart.value_label)}, "automargin": True}
+    largest = max((abs(value) for one in chart.series for value in one.value if value), default=0)
+    values["exponentformat"] = "SI" if largest >= 1 else "none"  # k, M, G, but no m of a dollar
     positions: dict[str, Any] = {"automargin": True}
     layout: dict[str, Any] = {"showlegend": False, "hovermode": "closest", "annotations": [], "shapes": []}
     if chart.logarithmic:
-        values["type"] = "log"
+        ends = [value for one in chart.series for value in (*one.value, *one.low, *one.high) if value]
+        values |= _log_axis([*ends, *([chart.level[0]] if chart.level else [])])
     if sideways:
         names = [_category(name) for name in chart.categories]
         positions |= {"type": "category", "categoryarray": names, "categoryorder": "array"}
         positions["range"] = [len(names) - 0.5, -0.5]  # from above
         layout["barmode"] = "stack" if chart.kind == "stack" else "overlay"
+        layout["uniformtext"] = {"minsize": 10, "mode": "hide"} if chart.kind == "stack" else {}
         layout["annotations"] = [_remark(one, index) for one in chart.series for index in _missing(one)]
         lines = sum(max(1, len(wrapped(name))) * LINE_HEIGHT + 14 for name in chart.categories)
         layout |= {"height": 90 + lines, "margin": MARGIN}
@@ -99,13 +104,27 @@ def _position_axis(chart: Chart) -> dict[str, Any]:
     """Logarithmic, of dates, or with a whole number at every tick where all positions are whole."""
     at = [position for one in chart.series for position in one.at]
     if chart.at_logarithmic:
-        return {"type": "log"}
+        return _log_axis([position for position in at if isinstance(position, (int, float)) and position > 0])
     if _texts(at):
         return {"type": "date"}
     whole = [position for position in at if isinstance(position, (int, float)) and position == int(position)]
     if not at or len(whole) < len(at):
         return {}
     return {"tick0": min(whole), "dtick": max(1, math.ceil((max(whole) - min(whole)) / 8))}
+
+
+def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """Labels at 1, 2 and 5, or where these would be too many at powers of ten: plotly's own leave out the power."""
+    if not values:
+        return {"type": "log"}
+    low = max(-300, math.floor(math.log10(min(values))) - 1)
+    high = min(300, math.ceil(math.log10(max(values))) + 1)
+    few = math.log10(max(values) / min(values)) < DECADES
+    step = 1 if few else math.ceil((high - low) / 12)
+    ticks = [
+        mantissa * 10.0**power for power in range(low, high + 1, step) for mantissa in ((1, 2, 5) if few else (1,))
+    ]
+    return {"type": "log", "tickvals": ticks, "ticktext": [tick(value) for value in ticks]}
 
 
 def _bars(chart: Chart, one: Series) -> dict[str, Any]:
@@ -117,8 +136,8 @@ def _bars(chart: Chart, one: Series) -> dict[str, Any]:
         "name": _plain(one.name),
         "y": [_category(str(at)) for at in one.at],
         "x": _rounded(lengths),
-        "text": [_plain(_value_text(one, index)) if chart.kind == "bars" else "" for index in range(len(one.value))],
-        "textposition": "auto",
+        "text": [_plain(_value_text(one, index)) for index in range(len(one.value))],
+        "textposition": "auto" if chart.kind == "bars" else "inside",
         "insidetextanchor": "start",
         "textangle": 0,
         "marker": {

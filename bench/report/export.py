@@ -44,6 +44,9 @@ COLUMNS = (
     _column("suite", "case.suite", "text", "quick, full or source"),
     _column("tuning", "case.tuning", "text", "how it was executed"),
     _column("mode", "case.mode", "text", "e2e, compute or loader"),
+    _column("precision", "case.precision", "text", "of products and convolutions: bf16, fp16 or fp32"),
+    _column("tf32_convolutions", "case.tf32_convolutions", "flag", "fp32 convolutions ran as TF32"),
+    _column("captured", "case.captured", "flag", "the step was one CUDA graph"),
     _column("seed", "case.seed", "number", "of weights, order and augmentation"),
     _column("gpus", "case.gpus", "number", "GPUs used"),
     _column("batch_size", "case.recipe.batch_size", "number", "images a step"),
@@ -88,6 +91,11 @@ COLUMNS = (
     _column("energy_j", "gpu.energy_j", "number", "energy of the GPU while training"),
     _column("energy_source", "gpu.energy_source", "text", "counter: its own; sampled: mean power by time"),
     _column("energy_sampled_j", "gpu.energy_sampled_j", "number", "the same energy from sampled power, to compare"),
+    _column("flop_per_s", "roofline.flop_per_s", "number", "counted operations over measured time"),
+    _column("bytes_per_s", "roofline.bytes_per_s", "number", "counted bytes over measured time"),
+    _column("ceiling_flop_per_s", "roofline.ceiling_flop_per_s", "number", "what matrix products reach here"),
+    _column("ceiling_bytes_per_s", "roofline.ceiling_bytes_per_s", "number", "what copies reach here"),
+    _column("share_of_ceilings", "roofline.share", "number", "of the images/s that the ceilings allow"),
     _column("code", "code", "text", "digest of the sources that decide a measurement"),
 )
 
