@@ -515,6 +515,9 @@ def test_every_chart_becomes_a_picture(drawn: list[Chart]) -> None:
 
 
 def test_ticks_are_plain_numbers() -> None:
+    assert draw.log_ticks(3, 30) == [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+    assert draw.log_ticks(3, 3e5) == [10.0**power for power in range(-1, 8)]
+    assert len(draw.log_ticks(5e-324, 1e308)) < 20  # whatever a record holds
     assert [draw.tick(10.0**power) for power in (-3, 0, 3, 4, 6, 14)] == ["0.001", "1", "1000", "10 k", "1 M", "100 T"]
 
 
@@ -596,10 +599,11 @@ def test_csv_holds_no_formulas_and_no_wrong_types() -> None:
 
 def test_parquet_or_how_to_get_it(tmp_path: Path) -> None:
     made = found(fleet(1))
+    assert f'parquet = ["{export.PYARROW}"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        with pytest.raises(UserError, match="pip install pyarrow"):
+        with pytest.raises(UserError, match=re.escape(f"{sys.executable} -m pip install '{export.PYARROW}'")):
             export.to_parquet(made)
         return
     import pandas as pd

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from .load import Found
 if TYPE_CHECKING:
     import pandas as pd
 
+PYARROW = "pyarrow>=14"  # as the extra `parquet` of pyproject.toml has it
 TYPES = {"text": "string", "number": "float64", "flag": "boolean", "json": "string"}
 
 
@@ -132,5 +134,8 @@ def to_parquet(found: Sequence[Found]) -> bytes:
     try:
         to_frame(found).to_parquet(out, index=False)
     except ImportError as error:
-        raise UserError("parquet needs a library of its own; install it with: pip install pyarrow") from error
+        raise UserError(
+            f"parquet needs pyarrow, which is not here or too old; install it with: {sys.executable} -m pip install "
+            f"'{PYARROW}' (--format csv needs nothing)"
+        ) from error
     return out.getvalue()
