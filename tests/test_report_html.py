@@ -294,7 +294,8 @@ def test_hostile_records_run_nothing_in_a_browser(tmp_path: Path) -> None:
 
 def test_paper_shows_every_section(tmp_path: Path) -> None:
     script = """
-        await until(() => document.querySelector(".main-svg"));
+        document.querySelector('[data-tab="records"]').click();
+        await until(() => window.Plotly);
         dispatchEvent(new Event("beforeprint"));
         const panels = [...document.querySelectorAll('[role="tabpanel"]')];
         const charts = [...document.querySelectorAll(".plot")];

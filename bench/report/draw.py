@@ -106,7 +106,7 @@ def _position_axis(chart: Chart) -> dict[str, Any]:
     if chart.at_logarithmic:
         return _log_axis([position for position in at if isinstance(position, (int, float)) and position > 0])
     if _texts(at):
-        return {"type": "date"}
+        return {"type": "date", "automargin": "height"}  # its last label beside the axis made plotly move that for ever
     whole = [position for position in at if isinstance(position, (int, float)) and position == int(position)]
     if not at or len(whole) < len(at):
         return {}
@@ -114,16 +114,9 @@ def _position_axis(chart: Chart) -> dict[str, Any]:
 
 
 def _log_axis(values: Sequence[float]) -> dict[str, Any]:
-    """Labels at 1, 2 and 5, or where these would be too many at powers of ten: plotly's own leave out the power."""
     if not values:
         return {"type": "log"}
-    low = max(-300, math.floor(math.log10(min(values))) - 1)
-    high = min(300, math.ceil(math.log10(max(values))) + 1)
-    few = math.log10(max(values) / min(values)) < DECADES
-    step = 1 if few else math.ceil((high - low) / 12)
-    ticks = [
-        mantissa * 10.0**power for power in range(low, high + 1, step) for mantissa in ((1, 2, 5) if few else (1,))
-    ]
+    ticks = log_ticks(min(values), max(values))
     return {"type": "log", "tickvals": ticks, "ticktext": [tick(value) for value in ticks]}
 
 
@@ -174,7 +167,7 @@ def _scatter(chart: Chart, one: Series) -> dict[str, Any]:
         },
         "hovertemplate": _hover(chart, "%{y}" if dots else "%{x}", "%{x:,.4g}" if dots else "%{y:,.5g}"),
         **({"text": [_value_text(one, index) for index in range(len(one.value))]} if labelled else {}),
-        **({"textposition": "middle right"} if labelled else {}),
+        **({"textposition": "middle right", "cliponaxis": False} if labelled else {}),
         "customdata": [["", _plain(_said(one, index))] for index in range(len(one.value))] if any(one.said) else [],
         **(_errors(one) if dots else {}),
     }
@@ -238,7 +231,7 @@ def _log_range(chart: Chart) -> list[float]:
     ends = [*(value for one in chart.series for value in (*one.value, *one.low, *one.high) if value)]
     ends += [chart.level[0]] if chart.level else []
     low, high = math.log10(min(ends)), math.log10(max(ends))
-    return [low - 0.05 * (high - low), high + 0.3 * (high - low)]
+    return [low - 0.05 * (high - low), high + 0.4 * (high - low)]
 
 
 def _plain(text: str) -> str:
@@ -347,11 +340,23 @@ def _draw_lines(axes: Axes, chart: Chart) -> None:
 
 
 def _logarithmic(axes: Axes, side: Literal["x", "y"]) -> None:
-    """A logarithmic axis whose ticks are plain numbers: matplotlib's own are formulas, which are switched off."""
     (axes.set_xscale if side == "x" else axes.set_yscale)("log")
     axis = axes.xaxis if side == "x" else axes.yaxis
-    axis.set_major_formatter(lambda value, _: tick(value))
+    low, high = axes.get_xlim() if side == "x" else axes.get_ylim()
+    ticks = [value for value in log_ticks(low, high) if low <= value <= high]
+    axis.set_ticks(ticks, [tick(value) for value in ticks])
     axis.set_minor_formatter(lambda value, _: "")
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, … around a logarithmic axis, or powers of ten alone where these would be too many.
+
+    Those of plotly leave out the power, those of matplotlib are formulas.
+    """
+    first, last = max(-300, math.floor(math.log10(low)) - 1), min(300, math.ceil(math.log10(high)) + 1)
+    few = math.log10(high) - math.log10(low) < DECADES
+    powers = range(first, last + 1, 1 if few else math.ceil((last - first) / 12))
+    return [mantissa * 10.0**power for power in powers for mantissa in ((1, 2, 5) if few else (1,))]
 
 
 def tick(value: float) -> str:

@@ -62,7 +62,7 @@ function fill(tab) {
     if (window.Plotly) Plotly.purge(chart);
     drawn.delete(chart);
   }
-  const title = make("h2", { className: "printed-title" }, tab.textContent);
+  const title = make("h2", { className: "printed-title" }, [tab.textContent, view?.scope].filter(Boolean).join(": "));
   const others = [...new Set(views.map((other) => other.scope))].join("; ");
   const rest = others ? ` There is some for: ${others}.` : "";
   const content = view
@@ -156,7 +156,7 @@ function table(data, plain = false) {
   return [...(plain ? [] : [heading(data)]), tools, scroll, more, ...notes(data)];
 }
 
-// Charts: plotly is unpacked when the first of them comes into view, and each is drawn when it does
+// Charts: plotly is unpacked when the first of them comes into view, or a little later, and each is drawn when it does
 
 let plotly;
 function loadPlotly() {
@@ -306,4 +306,5 @@ addEventListener("afterprint", () => {
 });
 
 show(tabs.find((tab) => "#" + tab.dataset.tab === location.hash) ?? tabs[0]);
+setTimeout(() => loadPlotly().catch(() => {}), 1000); // paper cannot wait for it: whoever prints may have seen no chart yet
 document.documentElement.dataset.firstView = Math.round(performance.now()); // ms since the page began to load
