@@ -79,6 +79,8 @@ def to_plotly(chart: Chart) -> dict[str, Any]:
         layout |= {"height": 90 + lines, "margin": MARGIN}
         if chart.kind == "dots":
             values["range"] = _log_range(chart)
+        if any(one.start for one in chart.series):
+            values["range"] = [0, 1.3 * largest]  # room for the words of a last step that is too short for them
     else:
         positions["title"] = {"text": _plain(chart.at_label)}
         positions |= _position_axis(chart)
@@ -132,6 +134,7 @@ def _bars(chart: Chart, one: Series) -> dict[str, Any]:
         "text": [_plain(_value_text(one, index)) for index in range(len(one.value))],
         "textposition": "auto" if chart.kind == "bars" else "inside",
         "insidetextanchor": "start",
+        "cliponaxis": False,
         "textangle": 0,
         "marker": {
             "color": colour(one.colour),
