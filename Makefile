@@ -33,7 +33,7 @@ tables: $(READY)  ## write results/TABLES.md and the README's table anew, from t
 	$(BIN)/python -m netdyno.bench.table
 
 lock: $(READY)  ## resolve constraints.txt anew: names, versions and hashes for Linux on x86-64, no addresses
-	$(BIN)/uv export --quiet --all-extras --group pinned --no-emit-project --no-annotate --no-header --format requirements.txt --output-file .venv/lock.txt
+	$(BIN)/uv export --quiet --extra dev --group pinned --no-emit-project --no-annotate --no-header --format requirements.txt --output-file .venv/lock.txt
 	grep -v '^ *-\(-index-url\|-extra-index-url\|-find-links\|i\|f\) ' .venv/lock.txt > constraints.txt
 	rm uv.lock
 

@@ -128,7 +128,10 @@ def test_speed() -> None:
     chart = charts(shown)["cifar10-cnn, official data"]
     assert points(chart)["AMD EPYC, 2 cores · eager"] == ours[1]
     assert chart.kind == "dots"  # a GPU and a CPU lie far apart
-    assert chart.notes == ["Not the same in all: batch size 128 against 64; torch 2.11.0 against 2.15.0."]
+    assert chart.notes == [
+        "Not the same in all: batch size 128 against 64; torch 2.11.0 against 2.15.0.",
+        "All: records of 2 versions of the code.",
+    ]
     assert points(charts(shown)["dcgan, official data"])["Tesla T4 · eager · oom"] is None
 
 
@@ -256,8 +259,41 @@ def test_roofline() -> None:
     assert list(roof.value[1:]) == [6e14, 6e14]
     assert roof.value[0] == pytest.approx(4e12 * roof.at[0])
     (speed,) = speeds(made, T4, "cifar10-cnn", "amp")
+    looks = [(one.colour % len(draw.COLOURS), one.style % len(draw.SYMBOLS)) for one in chart.series[1:]]
+    assert len(set(looks)) == len(looks) == 11  # and the run out of memory has no point
     (point,) = (one for one in chart.series if one.name == "cifar10-cnn, official data · amp")
     assert (point.at[0], point.value[0]) == (pytest.approx(50.0), speed * 2e8)
+
+
+def test_every_precision_has_its_own_roof() -> None:
+    half, single = one(), one(id="20261124T000000Z-1")
+    half["case"]["precision"], single["case"] = "fp16", {**single["case"], "precision": "fp32", "tuning": "fp32"}
+    single["roofline"] = single["roofline"] | {"ceiling_flop_per_s": 4e12, "share": 0.25}
+    bare = one(id="20261124T000000Z-2", roofline=None)
+    bare["case"] = {**bare["case"], "workload": "mnist-cnn"}
+    shown = view(page_of([half, single, bare]), "roofline")
+    (chart,) = charts(shown).values()
+    roofs = {series.name: max(filter(None, series.value)) for series in chart.series if series.colour < 0}
+    assert roofs == {"ceilings, fp16": 6e14, "ceilings, fp32": 4e12}
+    (point,) = (series for series in chart.series if series.name.endswith("· fp32"))
+    assert list(point.said) == ["25.0 % of the images/s that the ceilings allow"]
+    (text,) = (block.text for block in shown.blocks if isinstance(block, Text))
+    assert text == "Not shown, because it recorded no roofline: mnist-cnn, official data."
+
+    bare = one(roofline={"flop_per_s": 1e12, "bytes_per_s": 1e9, "ceiling_flop_per_s": None})
+    (chart,) = charts(view(page_of([bare]), "roofline")).values()
+    assert "run netdyno doctor" in chart.notes[1]
+
+
+def test_doubts_stand_beside_the_numbers() -> None:
+    made = one()
+    made["gpu"] |= {"other_processes": 5}
+    made["case"]["recipe"] = {**made["case"]["recipe"], "weights": "random"}
+    page = page_of([made])
+    for tab in ("speed", "curves", "memory", "cost"):
+        for chart in charts(view(page, tab)).values():
+            doubt = "Tesla T4 · tuned: beside 5 other processes on the card; random weights."
+            assert doubt in chart.notes, chart.title
 
 
 def test_history_needs_two_times() -> None:
@@ -267,7 +303,8 @@ def test_history_needs_two_times() -> None:
     assert list(series.value) == speeds(made, GPU, "mnist-cnn", "tuned")
     assert list(series.at) == sorted(series.at)
     assert len({text for text in series.said}) == 2  # two versions of the code
-    assert "history" not in {tab.id for tab in page_of(fleet(1)).tabs}
+    (history,) = (tab for tab in page_of(fleet(1)).tabs if tab.id == "history")
+    assert not history.views
 
 
 # What stands side by side
@@ -303,6 +340,21 @@ def test_what_may_not_be_compared_stands_apart(changes: Made, words: set[str]) -
     assert all(len(points(chart)) == 1 for chart in shown.values())
 
 
+def test_every_title_names_its_timing_version_where_a_report_holds_two() -> None:
+    new = other(timing_version=2)
+    new["case"]["workload"] = "mnist-cnn"
+    page = page_of([one(), new])
+    (table,) = tables(view(page, "overview"))
+    assert [line[0] for line in table.rows] == [
+        "dcgan, official data, timing version 1",
+        "mnist-cnn, official data, timing version 2",
+    ]
+    assert any("never compare rows of two" in note for note in table.notes)
+    (records,) = tables(view(page, "records"))
+    column = list(records.columns).index("timing version")
+    assert {line[column] for line in records.rows} == {("1", 1), ("2", 2)}
+
+
 def test_synthetic_data_other_suites_and_modes_have_scopes_of_their_own() -> None:
     made = [one(), other(synthetic=True, label="synthetic"), other(suite="quick"), other(mode="compute")]
     for number, record in enumerate(made):
@@ -333,6 +385,7 @@ def test_the_overview_takes_the_recipe_that_most_machines_ran() -> None:
     h200 = one(id="20261125T000000Z-1", machine=GPU)
     (table,) = tables(view(page_of([one(), large, h200]), "overview", base="NVIDIA H200"))
     assert "batch" not in " ".join(table.notes)
+    assert "one of 2 recipes that Speed shows" in " ".join(table.notes)
     assert cell(table, "Tesla T4", tuning="tuned")[1] == one()["throughput"]["images_per_s"]
 
 
@@ -351,8 +404,11 @@ def test_environment() -> None:
     assert rows["dali"] == ["same", "2.4.0", "2.4.0", "2.4.0"]
     assert rows["driver"] == ["same", "580.1", "580.1", "–"]
     assert {str(table.rows[row][0]) for row in table.flags} >= {"torch", "GPU", "Netdyno's code"}
-    words = [block.text for block in shown.blocks if isinstance(block, Text)]
-    assert "Differs – torch: 2.11.0 (NVIDIA H200, AMD EPYC, 2 cores) against 2.15.0 (Tesla T4)." in words
+    assert "Differs – torch: 2.11.0 (NVIDIA H200, AMD EPYC, 2 cores) against 2.15.0 (Tesla T4)." in table.notes
+    only = one()
+    only["machine"]["versions"] = {"other": "1"}
+    (table,) = tables(view(page_of([*fleet(1, ((GPU, 1.0),)), only]), "environment"))
+    assert ["other", "–", "–", "1"] in [list(line) for line in table.rows]  # one machine alone is the same as none
 
 
 def test_failures_and_records() -> None:
@@ -372,9 +428,13 @@ def test_failures_and_records() -> None:
         assert shown[1] == (made_one["throughput"] or {}).get("images_per_s")
 
 
-def test_tabs_without_data_are_left_out() -> None:
+def test_tabs_without_data_say_what_they_need() -> None:
     made = one(gpu=None, roofline=None, accuracy=None, memory=None)
-    assert [tab.id for tab in page_of([made]).tabs] == ["overview", "speed", "environment", "records"]
+    tabs = {tab.id: tab for tab in page_of([made]).tabs}
+    assert [name for name, tab in tabs.items() if tab.views] == ["overview", "speed", "environment", "records"]
+    assert tabs["ladder"].needs.startswith("two of the tunings eager, fp32 and tuned")
+    assert {name for name, tab in tabs.items() if not tab.views and not tab.needs} == set()
+    assert not {"pictures", "failures"} & set(tabs)  # nobody misses these
 
 
 # Reading
@@ -455,6 +515,9 @@ def test_every_chart_becomes_a_picture(drawn: list[Chart]) -> None:
 
 
 def test_ticks_are_plain_numbers() -> None:
+    assert draw.log_ticks(3, 30) == [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+    assert draw.log_ticks(3, 3e5) == [10.0**power for power in range(-1, 8)]
+    assert len(draw.log_ticks(5e-324, 1e308)) < 20  # whatever a record holds
     assert [draw.tick(10.0**power) for power in (-3, 0, 3, 4, 6, 14)] == ["0.001", "1", "1000", "10 k", "1 M", "100 T"]
 
 
@@ -536,10 +599,11 @@ def test_csv_holds_no_formulas_and_no_wrong_types() -> None:
 
 def test_parquet_or_how_to_get_it(tmp_path: Path) -> None:
     made = found(fleet(1))
+    assert f'parquet = ["{export.PYARROW}"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        with pytest.raises(UserError, match="pip install pyarrow"):
+        with pytest.raises(UserError, match=re.escape(f"{sys.executable} -m pip install '{export.PYARROW}'")):
             export.to_parquet(made)
         return
     import pandas as pd

@@ -133,6 +133,7 @@ class Tab:
     id: str
     title: str
     views: Sequence[View]
+    needs: str = ""  # what it takes to show anything, said where there is nothing
 
 
 @dataclass(frozen=True, kw_only=True)

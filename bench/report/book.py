@@ -15,13 +15,14 @@ from functools import cached_property
 from typing import Any
 
 from ..stats import median, median_interval
-from ..summary import MIN_RECORDS_FOR_SPREAD, Row, at, clean, rank, show_entry, summarise
+from ..summary import MIN_RECORDS_FOR_SPREAD, Row, at, caveats, clean, rank, show_entry, summarise
 from ..table import KINDS, MISSING
 from .load import Found
 
 MODES = {"e2e": "end to end", "compute": "training alone", "loader": "loader alone"}
 TUNINGS = ("tuned", "eager")
 LONGEST_LABEL = 48  # letters of a machine's name; a longer one gives way to the slug
+MOST_NAMES = 4  # in one remark
 RUNTIME_ONLY = {"driver"}  # versions that a machine may lack without being different for it
 
 
@@ -44,6 +45,17 @@ class Entry:
     def tuning(self) -> str:
         return self.row.tuning or MISSING
 
+    @property
+    def caveats(self) -> list[str]:
+        """Why its numbers should be taken with care, in words."""
+        return [*caveats(self.row), *(["random weights"] if self.row.recipe.get("weights") == "random" else [])]
+
+    @cached_property
+    def precision(self) -> str:
+        """ "bf16", where its records tell."""
+        told = (at(one.record, "case", "precision") for one in self.found)
+        return " and ".join(dict.fromkeys(precision for precision in told if precision is not None))
+
     def values(self, *path: str) -> list[float]:
         return [value for one in self.found if (value := at(one.record, *path)) is not None]
 
@@ -58,10 +70,8 @@ class Entry:
             found[name] = [show_entry(value)]
         if self.row.target is not None:
             found["target"] = [show_entry(self.row.target)]
+        found["precision"] = [self.precision or "not recorded"]
         for one in self.found:
-            precision = at(one.record, "case", "precision")
-            if precision is not None:
-                found.setdefault("precision", []).append(precision)
             for name, version in (at(one.record, "machine", "versions") or {}).items():
                 if version is not None:
                     found.setdefault(clean(name), []).append(clean(version))
@@ -100,11 +110,6 @@ class Panel:
     title: str  # unique among the panels of its scope
     scope: str
     entries: tuple[Entry, ...]
-
-    @property
-    def differs(self) -> list[str]:
-        words = differences(self.entries)
-        return [f"Not the same in all: {words}."] if words else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +151,30 @@ class Book:
             taken = sum(other == name or other.startswith(f"{name} (") for other in names.values())
             names[place] = f"{name} ({taken + 1})" if taken else name
         return names
+
+    def remarks(self, panel: Panel, entries: Sequence[Entry] | None = None) -> list[str]:
+        """What the notes of a chart say of those entries of the panel that it shows: what differs, what is doubtful."""
+        shown = [entry for entry in (panel.entries if entries is None else entries) if entry.ok]
+        words = differences(shown)
+        doubtful: dict[str, list[str]] = {}
+        for place, name in self.names(panel).items():
+            entry = panel.entries[place]
+            if entry.caveats and any(entry is one for one in shown):
+                doubtful.setdefault("; ".join(entry.caveats), []).append(name)
+        lines = [f"{_list(names, len(shown))}: {caveat}." for caveat, names in doubtful.items()]
+        return [*([f"Not the same in all: {words}."] if words else []), *lines]
+
+    @cached_property
+    def timing_versions(self) -> int:
+        """By how many rules of timing its records were measured."""
+        return len({entry.row.timing_version for entry in self.entries} - {None})
+
+
+def _list(names: Sequence[str], of: int) -> str:
+    if len(names) == of > 1:
+        return "All"
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _machines(entries: Sequence[Entry]) -> dict[str, Machine]:
@@ -193,7 +222,7 @@ def _panels(entries: Sequence[Entry]) -> list[Panel]:
         ]
         for key in meant or [(_scope(entry.row), _contest(entry.row))]:
             groups.setdefault(key, []).append(entry)
-    ordered = sorted(groups, key=lambda key: (_scope_order(key[0]), str(key[1])))
+    ordered = sorted(groups, key=lambda key: (_scope_order(key[0]), str(key[1][:-1]), -(key[1][-1] or 0)))
     titles = _titles(ordered)
     return [
         Panel(
@@ -226,7 +255,11 @@ def _contest(row: Row) -> tuple:
 
 
 def _titles(keys: Sequence[tuple]) -> dict[tuple, str]:
-    """A title for each panel that says what it is; digests and timing versions only where they tell panels apart."""
+    """A title for each panel that says what it is.
+
+    Digests only where they tell panels apart; in a report of several timing versions, every title names its own.
+    """
+    versions = {contest[-1] for _, contest in keys} - {None}
     families: dict[tuple, list[tuple]] = {}
     for scope, contest in keys:
         families.setdefault((scope, contest[:3]), []).append(contest)
@@ -241,7 +274,7 @@ def _titles(keys: Sequence[tuple]) -> dict[tuple, str]:
             f"{show_entry(label)} data" if label not in (None, "synthetic") else "",
             f"data set {show_entry(data)}" if len({other[3] for other in siblings}) > 1 else "",
             f"data {_short(digests)}" if len({other[5] for other in siblings}) > 1 else "",
-            f"timing version {version or 0:.0f}" if len({other[6] for other in siblings}) > 1 else "",
+            f"timing version {show_entry(version)}" if len(versions) > 1 and version is not None else "",
         ]
         titles[scope, contest] = ", ".join(part for part in parts if part)
     return titles

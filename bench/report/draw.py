@@ -30,6 +30,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross")
 LINE_HEIGHT = 16  # pixels of a line of a category's name
 WIDEST = 26  # letters of a category's name in one line
 MARGIN = {"l": 8, "r": 16, "t": 28, "b": 8}  # pixels; above there is room for plotly's buttons
+DECADES = 2  # of a logarithmic axis from which only powers of ten are marked
 MARKED = 30  # points up to which a line shows each of them
 PNG_DPI = 110
 
@@ -60,20 +61,26 @@ def to_plotly(chart: Chart) -> dict[str, Any]:
     sideways = chart.kind in ("bars", "stack", "dots")
     data = [_bars(chart, one) if chart.kind in ("bars", "stack") else _scatter(chart, one) for one in chart.series]
     values: dict[str, Any] = {"title": {"text": _plain(chart.value_label)}, "automargin": True}
+    largest = max((abs(value) for one in chart.series for value in one.value if value), default=0)
+    values["exponentformat"] = "SI" if largest >= 1 else "none"  # k, M, G, but no m of a dollar
     positions: dict[str, Any] = {"automargin": True}
     layout: dict[str, Any] = {"showlegend": False, "hovermode": "closest", "annotations": [], "shapes": []}
     if chart.logarithmic:
-        values["type"] = "log"
+        ends = [value for one in chart.series for value in (*one.value, *one.low, *one.high) if value]
+        values |= _log_axis([*ends, *([chart.level[0]] if chart.level else [])])
     if sideways:
         names = [_category(name) for name in chart.categories]
         positions |= {"type": "category", "categoryarray": names, "categoryorder": "array"}
         positions["range"] = [len(names) - 0.5, -0.5]  # from above
         layout["barmode"] = "stack" if chart.kind == "stack" else "overlay"
+        layout["uniformtext"] = {"minsize": 10, "mode": "hide"} if chart.kind == "stack" else {}
         layout["annotations"] = [_remark(one, index) for one in chart.series for index in _missing(one)]
         lines = sum(max(1, len(wrapped(name))) * LINE_HEIGHT + 14 for name in chart.categories)
         layout |= {"height": 90 + lines, "margin": MARGIN}
         if chart.kind == "dots":
             values["range"] = _log_range(chart)
+        if any(one.start for one in chart.series):
+            values["range"] = [0, 1.3 * largest]  # room for the words of a last step that is too short for them
     else:
         positions["title"] = {"text": _plain(chart.at_label)}
         positions |= _position_axis(chart)
@@ -99,13 +106,20 @@ def _position_axis(chart: Chart) -> dict[str, Any]:
     """Logarithmic, of dates, or with a whole number at every tick where all positions are whole."""
     at = [position for one in chart.series for position in one.at]
     if chart.at_logarithmic:
-        return {"type": "log"}
+        return _log_axis([position for position in at if isinstance(position, (int, float)) and position > 0])
     if _texts(at):
-        return {"type": "date"}
+        return {"type": "date", "automargin": "height"}  # its last label beside the axis made plotly move that for ever
     whole = [position for position in at if isinstance(position, (int, float)) and position == int(position)]
     if not at or len(whole) < len(at):
         return {}
     return {"tick0": min(whole), "dtick": max(1, math.ceil((max(whole) - min(whole)) / 8))}
+
+
+def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+    if not values:
+        return {"type": "log"}
+    ticks = log_ticks(min(values), max(values))
+    return {"type": "log", "tickvals": ticks, "ticktext": [tick(value) for value in ticks]}
 
 
 def _bars(chart: Chart, one: Series) -> dict[str, Any]:
@@ -117,9 +131,10 @@ def _bars(chart: Chart, one: Series) -> dict[str, Any]:
         "name": _plain(one.name),
         "y": [_category(str(at)) for at in one.at],
         "x": _rounded(lengths),
-        "text": [_plain(_value_text(one, index)) if chart.kind == "bars" else "" for index in range(len(one.value))],
-        "textposition": "auto",
+        "text": [_plain(_value_text(one, index)) for index in range(len(one.value))],
+        "textposition": "auto" if chart.kind == "bars" else "inside",
         "insidetextanchor": "start",
+        "cliponaxis": False,
         "textangle": 0,
         "marker": {
             "color": colour(one.colour),
@@ -155,7 +170,7 @@ def _scatter(chart: Chart, one: Series) -> dict[str, Any]:
         },
         "hovertemplate": _hover(chart, "%{y}" if dots else "%{x}", "%{x:,.4g}" if dots else "%{y:,.5g}"),
         **({"text": [_value_text(one, index) for index in range(len(one.value))]} if labelled else {}),
-        **({"textposition": "middle right"} if labelled else {}),
+        **({"textposition": "middle right", "cliponaxis": False} if labelled else {}),
         "customdata": [["", _plain(_said(one, index))] for index in range(len(one.value))] if any(one.said) else [],
         **(_errors(one) if dots else {}),
     }
@@ -219,7 +234,7 @@ def _log_range(chart: Chart) -> list[float]:
     ends = [*(value for one in chart.series for value in (*one.value, *one.low, *one.high) if value)]
     ends += [chart.level[0]] if chart.level else []
     low, high = math.log10(min(ends)), math.log10(max(ends))
-    return [low - 0.05 * (high - low), high + 0.3 * (high - low)]
+    return [low - 0.05 * (high - low), high + 0.4 * (high - low)]
 
 
 def _plain(text: str) -> str:
@@ -328,11 +343,23 @@ def _draw_lines(axes: Axes, chart: Chart) -> None:
 
 
 def _logarithmic(axes: Axes, side: Literal["x", "y"]) -> None:
-    """A logarithmic axis whose ticks are plain numbers: matplotlib's own are formulas, which are switched off."""
     (axes.set_xscale if side == "x" else axes.set_yscale)("log")
     axis = axes.xaxis if side == "x" else axes.yaxis
-    axis.set_major_formatter(lambda value, _: tick(value))
+    low, high = axes.get_xlim() if side == "x" else axes.get_ylim()
+    ticks = [value for value in log_ticks(low, high) if low <= value <= high]
+    axis.set_ticks(ticks, [tick(value) for value in ticks])
     axis.set_minor_formatter(lambda value, _: "")
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, … around a logarithmic axis, or powers of ten alone where these would be too many.
+
+    Those of plotly leave out the power, those of matplotlib are formulas.
+    """
+    first, last = max(-300, math.floor(math.log10(low)) - 1), min(300, math.ceil(math.log10(high)) + 1)
+    few = math.log10(high) - math.log10(low) < DECADES
+    powers = range(first, last + 1, 1 if few else math.ceil((last - first) / 12))
+    return [mantissa * 10.0**power for power in powers for mantissa in ((1, 2, 5) if few else (1,))]
 
 
 def tick(value: float) -> str:

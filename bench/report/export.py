@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from .load import Found
 if TYPE_CHECKING:
     import pandas as pd
 
+PYARROW = "pyarrow>=14"  # as the extra `parquet` of pyproject.toml has it
 TYPES = {"text": "string", "number": "float64", "flag": "boolean", "json": "string"}
 
 
@@ -44,6 +46,9 @@ COLUMNS = (
     _column("suite", "case.suite", "text", "quick, full or source"),
     _column("tuning", "case.tuning", "text", "how it was executed"),
     _column("mode", "case.mode", "text", "e2e, compute or loader"),
+    _column("precision", "case.precision", "text", "of products and convolutions: bf16, fp16 or fp32"),
+    _column("tf32_convolutions", "case.tf32_convolutions", "flag", "fp32 convolutions ran as TF32"),
+    _column("captured", "case.captured", "flag", "the step was one CUDA graph"),
     _column("seed", "case.seed", "number", "of weights, order and augmentation"),
     _column("gpus", "case.gpus", "number", "GPUs used"),
     _column("batch_size", "case.recipe.batch_size", "number", "images a step"),
@@ -88,6 +93,11 @@ COLUMNS = (
     _column("energy_j", "gpu.energy_j", "number", "energy of the GPU while training"),
     _column("energy_source", "gpu.energy_source", "text", "counter: its own; sampled: mean power by time"),
     _column("energy_sampled_j", "gpu.energy_sampled_j", "number", "the same energy from sampled power, to compare"),
+    _column("flop_per_s", "roofline.flop_per_s", "number", "counted operations over measured time"),
+    _column("bytes_per_s", "roofline.bytes_per_s", "number", "counted bytes over measured time"),
+    _column("ceiling_flop_per_s", "roofline.ceiling_flop_per_s", "number", "what matrix products reach here"),
+    _column("ceiling_bytes_per_s", "roofline.ceiling_bytes_per_s", "number", "what copies reach here"),
+    _column("share_of_ceilings", "roofline.share", "number", "of the images/s that the ceilings allow"),
     _column("code", "code", "text", "digest of the sources that decide a measurement"),
 )
 
@@ -124,5 +134,8 @@ def to_parquet(found: Sequence[Found]) -> bytes:
     try:
         to_frame(found).to_parquet(out, index=False)
     except ImportError as error:
-        raise UserError("parquet needs a library of its own; install it with: pip install pyarrow") from error
+        raise UserError(
+            f"parquet needs pyarrow, which is not here or too old; install it with: {sys.executable} -m pip install "
+            f"'{PYARROW}' (--format csv needs nothing)"
+        ) from error
     return out.getvalue()

@@ -88,7 +88,8 @@ def _problems(page: Page) -> str:
 
 
 def _tab_button(tab: Tab) -> str:
-    attributes = f'id="button-{tab.id}" data-tab="{tab.id}" aria-controls="panel-{tab.id}" aria-selected="false"'
+    attributes = f'id="button-{tab.id}" data-tab="{tab.id}" data-needs="{html.escape(tab.needs)}"'
+    attributes += f' aria-controls="panel-{tab.id}" aria-selected="false"'
     return f'<button type="button" role="tab" {attributes}>{html.escape(tab.title)}</button>'
 
 

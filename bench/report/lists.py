@@ -73,11 +73,12 @@ def environment(book: Book) -> list[Block]:
                     machines.setdefault(" and ".join(own), []).append(book.machines[slug].label)
             words.append(f"{name}: " + " against ".join(f"{value} ({', '.join(on)})" for value, on in machines.items()))
         cells = [_counted(by_machine.get(slug, Counter())) for slug in book.machines]
-        rows.append([name, *(["differs" if differs else "same"] if len(book.machines) > 1 else []), *cells])
+        verdict = "differs" if differs else "same" if len(told) > 1 else MISSING
+        rows.append([name, *([verdict] if len(book.machines) > 1 else []), *cells])
     labels = [machine.label for machine in book.machines.values()]
     columns = ["", *(["among machines"] if len(labels) > 1 else []), *labels]
-    table = Table(title="Environment", columns=columns, rows=rows, flags=flags)
-    return [table, *(Text(text=f"Differs – {line}.") for line in words)]
+    notes = [f"Differs – {line}." for line in words]
+    return [Table(title="Environment", columns=columns, rows=rows, notes=notes, flags=flags)]
 
 
 HARDWARE = ("machine", "GPU", "CPU", "cores", "memory, GiB")  # differs of course
@@ -158,7 +159,9 @@ def records(book: Book) -> list[Block]:
         rows.append(
             [
                 *_case_cells(book, one),
+                at(record, "case", "precision") or MISSING,
                 clean(at(record, "data", "label") or MISSING),
+                number(at(record, "timing", "timing_version"), count=True),
                 record["status"],
                 number(at(record, "throughput", "images_per_s")),
                 number(at(record, "memory", "peak_allocated_mib")),
@@ -172,7 +175,17 @@ def records(book: Book) -> list[Block]:
             ]
         )
     columns = [
-        *(*CASE, "data", "status", "images/s", "torch allocated, MiB", "process by NVML, MiB", "host RSS, MiB"),
+        *(
+            *CASE,
+            "precision",
+            "data",
+            "timing version",
+            "status",
+            "images/s",
+            "torch allocated, MiB",
+            "process by NVML, MiB",
+            "host RSS, MiB",
+        ),
         *("final metric", "target", "s to target", "time, UTC", "record"),
     ]
     return [Table(title="Records", columns=columns, rows=rows, flags=flags)]

@@ -22,6 +22,8 @@ def write_markdown(page: Page, out: Path) -> None:
     for tab in page.tabs:
         lines.append(f"## {escape(tab.title)}")
         views = [view for view in tab.views if view.base in (None, page.bases[0])]
+        if not views:
+            lines.append(escape(f"Nothing to show: it takes {tab.needs}."))
         number = 0
         for view in views:
             if view.scope is not None and len(page.scopes) > 1:

@@ -2,7 +2,7 @@
 // Draws the page from the JSON beside it. Every string is put in as text, never as markup; nothing is ever loaded.
 
 const FIRST_ROWS = 50; // of a table; more on demand
-const LONG = 60; // letters from which a cell breaks into lines
+const LONG = 30; // letters from which a cell breaks into lines
 const FILTERED_FROM = 8; // rows from which a table has a filter
 const SVG = "http://www.w3.org/2000/svg";
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
@@ -62,11 +62,12 @@ function fill(tab) {
     if (window.Plotly) Plotly.purge(chart);
     drawn.delete(chart);
   }
-  const title = make("h2", { className: "printed-title" }, tab.textContent);
+  const title = make("h2", { className: "printed-title" }, [tab.textContent, view?.scope].filter(Boolean).join(": "));
   const others = [...new Set(views.map((other) => other.scope))].join("; ");
+  const rest = others ? ` There is some for: ${others}.` : "";
   const content = view
     ? make("div", { className: "blocks" }, ...view.blocks.map(block))
-    : make("p", {}, `Nothing of this was recorded for: ${state.scope}. There is some for: ${others}.`);
+    : make("p", {}, `Nothing to show for: ${state.scope}. It takes ${tab.dataset.needs}.${rest}`);
   panel.replaceChildren(title, content);
   panel.dataset.filled = wanted;
   for (const chart of panel.querySelectorAll(".plot")) seen.observe(chart);
@@ -155,7 +156,7 @@ function table(data, plain = false) {
   return [...(plain ? [] : [heading(data)]), tools, scroll, more, ...notes(data)];
 }
 
-// Charts: plotly is unpacked when the first of them comes into view, and each is drawn when it does
+// Charts: plotly is unpacked when the first of them comes into view, or a little later, and each is drawn when it does
 
 let plotly;
 function loadPlotly() {
@@ -305,4 +306,5 @@ addEventListener("afterprint", () => {
 });
 
 show(tabs.find((tab) => "#" + tab.dataset.tab === location.hash) ?? tabs[0]);
+setTimeout(() => loadPlotly().catch(() => {}), 1000); // paper cannot wait for it: whoever prints may have seen no chart yet
 document.documentElement.dataset.firstView = Math.round(performance.now()); // ms since the page began to load

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from ..stats import median
-from ..summary import at, caveats, clean
+from ..summary import at, clean
 from ..table import MISSING, Notes, figure, fixed
 from .blocks import Block, Cell, Chart, Series, Table, Text, any_number, number
 from .book import Book, Entry, Panel, differences, interval
-from .points import FAR_APART, Point, by_machine
+from .points import FAR_APART, Point, by_machine, left_out
 
 MOST_LINES = 12  # drawn from the start; the others are switched on in the legend
 MOST_EPOCHS = 200  # points of one curve
@@ -19,6 +19,7 @@ NO_RUNG = {"t4"}  # tunings that follow another card's policy instead of adding 
 MEDIANS = (
     "Medians of fresh processes. Intervals are of the median: 95 % from six records on, the range of three to five."
 )
+TIMING = "Timing versions are rules of measuring, and the newest holds: never compare rows of two of them."
 
 
 # Overview
@@ -39,18 +40,21 @@ def overview(book: Book, panels: Sequence[Panel], base: str) -> list[Block]:
             against = cells.get(base)
             if any(not entry.ok for entry in cells.values()):
                 flags[len(rows)] = "failed"
-            rows.append([panel.title, tuning, *(_matrix_cell(cells.get(slug), against, notes) for slug in slugs)])
+            precisions = dict.fromkeys(entry.precision for entry in cells.values() if entry.precision)
+            ran = Counter(entry.machine for entry in panel.entries if entry.tuning == tuning and entry.ok)
+            numbers = [_matrix_cell(cells.get(slug), against, notes, ran[slug]) for slug in slugs]
+            rows.append([panel.title, tuning, " and ".join(precisions) or MISSING, *numbers])
             for slug, entry in cells.items():
                 ratio = _ratio(entry, against)
                 if ratio is not None and slug != base:
                     category = f"{panel.title} · {tuning}"
                     points.append(Point(entry=entry, category=category, value=ratio[0], low=ratio[1], high=ratio[2]))
-    what = "images/s" if alone else f"images/s, and how many times as many as {label}"
+    what = f"images/s, and how many times as many as {label}" if base in slugs and not alone else "images/s"
     table = Table(
         title=f"Training speed: {what}",
-        columns=["workload", "tuning", *(book.machines[slug].label for slug in slugs)],
+        columns=["workload", "tuning", "precision", *(book.machines[slug].label for slug in slugs)],
         rows=rows,
-        notes=[*notes.lines(), MEDIANS],
+        notes=[*notes.lines(), *_general(book)],
         flags=flags,
     )
     blocks: list[Block] = [table] if rows else []
@@ -99,31 +103,35 @@ def _ratio(entry: Entry, base: Entry | None) -> tuple[float, float | None, float
     return entry.row.images_per_s / base.row.images_per_s, low, high
 
 
-def _matrix_cell(entry: Entry | None, base: Entry | None, notes: Notes) -> Cell:
+def _matrix_cell(entry: Entry | None, base: Entry | None, notes: Notes, recipes: int) -> Cell:
     if entry is None:
         return (MISSING, None)
     if not entry.ok:
         return (notes.mark(entry.row.status, _why(entry)), None)
     if entry.row.images_per_s is None:
         return (MISSING, None)
-    speed = figure(entry.row.images_per_s)
+    row = entry.row
+    speed = f"{figure(row.images_per_s)}{_spread(row.images_per_s_low, row.images_per_s_high)}"
     ratio = _ratio(entry, base)
+    remarks = [*([f"one of {recipes} recipes that Speed shows"] if recipes > 1 else []), *entry.caveats]
     if ratio is None or base is None or entry is base:
-        return (notes.mark(speed, _caveats(entry)), entry.row.images_per_s)
+        return (notes.mark(speed, "; ".join(remarks)), row.images_per_s)
     times, low, high = ratio
-    spread = f" ({figure(low)}–{figure(high)})" if low is not None and high is not None else ""
-    words = differences([entry, base])
-    remarks = "; ".join(part for part in (words, _caveats(entry)) if part)
-    return (notes.mark(f"{figure(times)} ×{spread}\n{speed}", remarks), entry.row.images_per_s)
+    remarks = [part for part in (differences([entry, base]), *remarks) if part]
+    return (notes.mark(f"{figure(times)} ×{_spread(low, high)}\n{speed}", "; ".join(remarks)), row.images_per_s)
+
+
+def _spread(low: float | None, high: float | None) -> str:
+    return f" ({figure(low)}–{figure(high)})" if low is not None and high is not None else ""
+
+
+def _general(book: Book) -> list[str]:
+    """What the notes of a table of speeds say whatever is in it."""
+    return [MEDIANS, *([TIMING] if book.timing_versions > 1 else [])]
 
 
 def _why(entry: Entry) -> str:
     return f"{entry.row.status}: {entry.row.reason or 'no reason was recorded'}"
-
-
-def _caveats(entry: Entry) -> str:
-    random = ["random weights"] if entry.row.recipe.get("weights") == "random" else []
-    return "; ".join([*caveats(entry.row), *random])
 
 
 def _over_eager(book: Book, panels: Sequence[Panel]) -> Iterator[Chart]:
@@ -132,7 +140,7 @@ def _over_eager(book: Book, panels: Sequence[Panel]) -> Iterator[Chart]:
         names = book.names(panel)
         for place, entry in enumerate(panel.entries):
             if entry.tuning != "eager" and entry.row.speedup_over_eager is not None:
-                said = "; ".join(entry.row.differs_from_eager)
+                said = "; ".join([*entry.row.differs_from_eager, *entry.caveats])
                 category = f"{panel.title} · {names[place]}"
                 points.append(Point(entry=entry, category=category, value=entry.row.speedup_over_eager, said=said))
     yield from by_machine(
@@ -160,6 +168,7 @@ def speed(book: Book, panels: Sequence[Panel]) -> list[Block]:
                     panel.title,
                     book.label(entry),
                     entry.tuning,
+                    entry.precision or MISSING,
                     number(row.batch_size, count=True),
                     number(row.images_per_s) if entry.ok else (row.status, None),
                     number(row.images_per_s_low),
@@ -167,7 +176,7 @@ def speed(book: Book, panels: Sequence[Panel]) -> list[Block]:
                     number(row.speedup_over_eager, "×"),
                     number(row.eval_images_per_s),
                     (str(row.n), row.n),
-                    _caveats(entry) if entry.ok else row.reason or "",
+                    "; ".join(entry.caveats) if entry.ok else row.reason or "",
                 ]
             )
             points.append(
@@ -177,15 +186,20 @@ def speed(book: Book, panels: Sequence[Panel]) -> list[Block]:
                     value=row.images_per_s if entry.ok else None,
                     low=row.images_per_s_low,
                     high=row.images_per_s_high,
-                    said=_caveats(entry) if entry.ok else row.status,
+                    said="; ".join(entry.caveats) if entry.ok else row.status,
                 )
             )
-        charts += by_machine(book, points, title=panel.title, value_label="images/s", notes=panel.differs)
+        charts += by_machine(book, points, title=panel.title, value_label="images/s", notes=book.remarks(panel))
     columns = [
-        *("workload", "machine", "tuning", "batch", "images/s", "low", "high", "over eager", "evaluation, images/s"),
-        *("n", "remark"),
+        *("workload", "machine", "tuning", "precision", "batch", "images/s", "low", "high", "over eager"),
+        *("evaluation, images/s", "n", "remark"),
     ]
-    table = Table(title="Training speed", columns=columns, rows=rows, notes=[MEDIANS], flags=flags)
+    if not any_number(
+        [entry.row.images_per_s_low for panel in panels for entry in panel.entries]
+    ):  # nothing was measured often enough for an interval
+        kept = [place for place, name in enumerate(columns) if name not in ("low", "high")]
+        columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    table = Table(title="Training speed", columns=columns, rows=rows, notes=_general(book), flags=flags)
     return [table, *charts] if rows else []
 
 
@@ -194,6 +208,7 @@ def speed(book: Book, panels: Sequence[Panel]) -> list[Block]:
 
 def time_to_target(book: Book, panels: Sequence[Panel]) -> list[Block]:
     charts: list[Block] = []
+    without: list[str] = []
     for panel in panels:
         points = []
         names = book.names(panel)
@@ -211,13 +226,15 @@ def time_to_target(book: Book, panels: Sequence[Panel]) -> list[Block]:
             points.append(Point(entry=entry, category=names[place], value=value, low=low, high=high, said=said))
         measured = [point for point in points if point.entry.ok]
         if not measured:
+            without.append(panel.title)
             continue
         title = f"{panel.title}: training time to {', '.join(goals)}"
-        chart = by_machine(book, points, title=title, value_label="s", notes=panel.differs)
+        shown = [point.entry for point in points]
+        chart = by_machine(book, points, title=title, value_label="s", notes=book.remarks(panel, shown))
         outcomes = [[point.category, point.said] for point in points]
         missed = Table(title=f"{title}: no run reached it", columns=["run", "outcome"], rows=outcomes)
         charts += chart or [missed]
-    return charts
+    return [*charts, *left_out(without, "had no target")] if charts else []
 
 
 def _goal(entry: Entry) -> str:
@@ -250,7 +267,8 @@ def curves(book: Book, panels: Sequence[Panel]) -> list[Block]:
             level = None if target is None else (target, "target")
             times = [elapsed for _, _, curve in own for _, elapsed, _ in curve[-1:] if elapsed]
             hidden = len(own) - MOST_LINES
-            notes = [*panel.differs, *([f"{hidden} more lines can be switched on."] if hidden > 0 else [])]
+            remarks = book.remarks(panel, [entry for _, entry, _ in own])
+            notes = [*remarks, *([f"{hidden} more lines can be switched on."] if hidden > 0 else [])]
             for axis, column in (("epoch", 0), ("training time, s", 1)):
                 series = [
                     Series(
@@ -321,7 +339,6 @@ def ladder(book: Book, panels: Sequence[Panel]) -> list[Block]:
             if len(rungs) < 2:
                 continue
             speeds = [rung.row.images_per_s or 0.0 for rung in rungs]
-            words = differences(rungs)
             charts.append(
                 Chart(
                     kind="bars",
@@ -339,7 +356,7 @@ def ladder(book: Book, panels: Sequence[Panel]) -> list[Block]:
                         )
                     ],
                     categories=[rung.tuning for rung in rungs],
-                    notes=[f"Not the same in all: {words}."] if words else [],
+                    notes=book.remarks(panel, rungs),
                 )
             )
     return charts
@@ -402,7 +419,7 @@ def history(book: Book, panels: Sequence[Panel]) -> list[Block]:
                 series=series,
                 series_label="run",
                 logarithmic=bool(values) and max(values) / min(values) > FAR_APART,
-                notes=panel.differs,
+                notes=book.remarks(panel, [entry for _, entry, _ in runs]),
             )
         )
     return charts

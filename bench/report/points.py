@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .blocks import Chart, Series
+from .blocks import Chart, Series, Text
 from .book import Book, Entry
 
 FAR_APART = 30  # largest ÷ smallest value from which bars are drawn as dots on a logarithmic axis
@@ -70,3 +70,8 @@ def by_machine(
             logarithmic=apart,
         )
     ]
+
+
+def left_out(titles: Sequence[str], why: str) -> list[Text]:
+    """Words in the place of charts that are not there."""
+    return [Text(text=f"Not shown, because it {why}: {'; '.join(titles)}.")] if titles else []

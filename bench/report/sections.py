@@ -1,4 +1,4 @@
-"""The page of a report: which tabs it has. A tab that would have nothing to show is left out."""
+"""The page of a report: which tabs it has. One that has nothing to show says what it takes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from .performance import curves, history, ladder, overview, speed, time_to_targe
 from .resources import cost, memory, roofline
 
 Section = Callable[[Book, Sequence[Panel]], list[Block]]
+
+# What a tab needs to show anything
+ENERGY = "the energy of a GPU, or a table of prices: --prices"
+RUNGS = "two of the tunings eager, fp32 and tuned on one machine, under one timing version"
+COUNTED_WORK = (
+    "records that count their work, as netdyno run now writes them, and for ceilings netdyno doctor before it"
+)
 
 
 def page(
@@ -31,15 +38,15 @@ def page(
     book = Book(found)
     tabs = [
         _relative("overview", "Overview", book),
-        _scoped("speed", "Speed", book, speed),
-        _scoped("target", "Time to target", book, time_to_target),
-        _scoped("curves", "Accuracy", book, curves),
-        _scoped("memory", "Memory", book, memory),
-        _scoped("cost", "Energy and cost", book, lambda book, panels: cost(book, panels, prices)),
-        _scoped("ladder", "Ladder", book, ladder),
-        _scoped("roofline", "Roofline", book, roofline),
+        _scoped("speed", "Speed", book, speed, "records of training"),
+        _scoped("target", "Time to target", book, time_to_target, "a workload that has a target"),
+        _scoped("curves", "Accuracy", book, curves, "the metric of an epoch"),
+        _scoped("memory", "Memory", book, memory, "peaks of memory"),
+        _scoped("cost", "Energy and cost", book, lambda book, panels: cost(book, panels, prices), ENERGY),
+        _scoped("ladder", "Ladder", book, ladder, RUNGS),
+        _scoped("roofline", "Roofline", book, roofline, COUNTED_WORK),
         _whole("pictures", "Pictures", pictures(book)),
-        _scoped("history", "History", book, history),
+        _scoped("history", "History", book, history, "a run that was repeated at another time"),
         _whole("environment", "Environment", environment(book)),
         _whole("failures", "Failures", failures(book)),
         _whole("records", "Records", records(book)),
@@ -50,7 +57,7 @@ def page(
         problems=[clean(problem) for problem in problems],
         scopes=book.scopes,
         bases=_bases(book, base),
-        tabs=[tab for tab in tabs if tab.views],
+        tabs=[tab for tab in tabs if tab.views or tab.needs],
     )
 
 
@@ -90,10 +97,10 @@ def _relative(id: str, title: str, book: Book) -> Tab:
     return Tab(id=id, title=title, views=views)
 
 
-def _scoped(id: str, title: str, book: Book, section: Section) -> Tab:
+def _scoped(id: str, title: str, book: Book, section: Section, needs: str) -> Tab:
     """A view for each scope in which there is something to show."""
     views = [View(scope=scope, blocks=section(book, _panels(book, scope))) for scope in book.scopes]
-    return Tab(id=id, title=title, views=[view for view in views if view.blocks])
+    return Tab(id=id, title=title, views=[view for view in views if view.blocks], needs=needs)
 
 
 def _whole(id: str, title: str, blocks: Sequence[Block]) -> Tab:
