@@ -18,8 +18,8 @@ class Captured(Generic[Result]):
     """
 
     graphs = 0  # captured in this process: one more inside the timed region is a fault
-    # By purpose, torch's peak of allocated bytes while capturing: replays use that memory without allocating it.
-    peak_bytes: ClassVar[dict[str, int]] = {}
+    # By purpose, what a capture allocated at most, on top of all that was there: replays use it without allocating it.
+    own_bytes: ClassVar[dict[str, int]] = {}
 
     def __init__(self, function: Callable[..., Result], purpose: Literal["train", "eval"]) -> None:
         self._function = function
@@ -44,11 +44,12 @@ class Captured(Generic[Result]):
             self._function(*inputs)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         graph = torch.cuda.CUDAGraph()
         # thread_local: what DALI's threads do meanwhile is no part of the capture and must not end it
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = self._function(*inputs)
-        peak = torch.cuda.max_memory_allocated()
-        self.peak_bytes[self._purpose] = max(peak, self.peak_bytes.get(self._purpose, 0))
+        own = torch.cuda.max_memory_allocated() - before
+        self.own_bytes[self._purpose] = max(own, self.own_bytes.get(self._purpose, 0))
         Captured.graphs += 1
         return graph, result

@@ -36,7 +36,7 @@ from .data import baseline, dali, prepared, weights
 from .data.loader import Batch, Loader
 from .data.prepared import ImageSet
 from .errors import UserError
-from .measure import TIMING_VERSION, BlockClock, PeakMemory, warm_up
+from .measure import TIMING_VERSION, BlockClock, PeakMemory, mib, warm_up
 from .metrics import sliced_wasserstein
 from .order import Order
 from .stats import seconds_to_target
@@ -330,7 +330,7 @@ def time_batches(
         Diverged: the last result is not finite.
     """
     timing = Timing(device, emit)
-    memory = PeakMemory(device, Captured.peak_bytes)
+    memory = PeakMemory(device, Captured.own_bytes)
     emit(stage="measure", epochs=workload.recipe.epochs, steps_per_epoch=loader.batches_per_epoch)
     for epoch in range(1, workload.recipe.epochs + 1):
         clock = timing.clock(loader)
@@ -388,7 +388,7 @@ def train(
     if workload.target_share is not None:
         target = references["real"] + workload.target_share * (references["untrained"] - references["real"])
     timing = Timing(device, emit)
-    memory = PeakMemory(device, Captured.peak_bytes)
+    memory = PeakMemory(device, Captured.own_bytes)
     curve: list[dict[str, Any]] = []
     eval_s_total = 0.0
     emit(stage="train", epochs=epochs, steps_per_epoch=loader.batches_per_epoch)
@@ -484,7 +484,8 @@ def main(order: Order) -> None:
         except Diverged as error:
             emit(status="diverged", reason=str(error))
         except torch.cuda.OutOfMemoryError as error:
-            peak = round(torch.cuda.max_memory_allocated() / 2**20, 1) if torch.cuda.is_available() else None
+            captured = Captured.own_bytes.get("train", 0)
+            peak = mib(torch.cuda.max_memory_allocated() + captured) if torch.cuda.is_available() else None
             emit(section="memory", value={"peak_allocated_mib": peak})
             emit(status="oom", reason=first_line(error))
         except Exception as error:

@@ -169,7 +169,8 @@ class Sampler:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._borders: list[Border] = []  # a begin, its end, the next begin, …
         self._readings: list[Reading] = []
-        self._failures = self._others = 0
+        self._failures = 0
+        self._others: int | None = None  # since the first stretch began
         self.process_peak_mib: float | None = None
 
     def __enter__(self) -> "Sampler":
@@ -195,12 +196,12 @@ class Sampler:
                 if used is not None:
                     self.process_peak_mib = max(used, self.process_peak_mib or 0.0)
                 stretch = len(self._borders)
+                if stretch:  # between stretches too: the shortest may pass without a reading
+                    self._others = max(self._others or 0, self._gpu.other_processes(self._pid))
                 if stretch % 2 == 0:
                     continue
-                others = self._gpu.other_processes(self._pid)
                 reading = Reading(stretch, self._gpu.reading(), self._gpu.reasons())
                 if stretch == len(self._borders):  # else the stretch ended while it was read
-                    self._others = max(self._others, others)
                     self._readings.append(reading)
             except Exception:  # one reading that fails must not end the others; the summary counts them
                 self._failures += 1
@@ -211,8 +212,9 @@ class Sampler:
         None where there was nothing to read.
         """
         failed = {"failed_readings": self._failures} if self._failures else {}
+        others = {} if self._others is None else {"other_processes": self._others, "readings": len(self._readings)}
         if not self._readings:
-            return failed or None
+            return others | failed or None
         names = sorted({name for reading in self._readings for name in reading.values})
         values = {name: _series(self._readings, name) for name in names}
         found: dict[str, Any] = {f"{name}_mean": round(fmean(series), 1) for name, series in values.items()}
@@ -225,7 +227,7 @@ class Sampler:
             shares = {name: sum(name in reasons for reasons in told) / len(told) for name in REASONS if name != IDLE}
             found["throttle_share"] = {name: round(share, 3) for name, share in shares.items() if share}
         found |= energies(self._borders, _series(settled(self._readings), "power_w"))
-        return found | {"other_processes": self._others, "readings": len(self._readings)} | failed
+        return found | others | failed
 
 
 def _series(readings: Sequence[Reading], name: str) -> list[float]:

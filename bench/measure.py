@@ -1,6 +1,6 @@
-"""Timers and memory. The timing contract, version 2:
+"""Timers and memory. The timing contract, version 3:
 
-- Warm-up and compilation lie outside the timed region. Warm-up lasts until the step is steady: three
+- Warm-up, compilation and graph capture lie outside the timed region. Warm-up lasts until the step is steady: three
   stretches of at least 50 ms in a row within 5 % of their median; a step that is not so within 10 s is recorded as not
   steady. After warm-up the weights, the optimizer, the loader and the random state start anew, so nothing learned in
   warm-up is timed as if it had been free.
@@ -12,12 +12,13 @@
   epoch is recorded beside them.
 - Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first epoch
   whose metric reaches the target, and exists only where the final metric reaches it too.
-- Peak memory is that of torch's allocations in training; what a captured step allocated while it was captured counts,
-  since its replays use that memory.
+- Peak memory is that of torch's allocations in training, and what a captured step allocated while it was captured:
+  its replays use that memory without allocating it.
 - Raw block times are kept; medians, intervals and verdicts are derived later.
 - Images per second counts images that were really trained on, once each, over the time of exactly those steps.
 - Records whose `timing_version` differs are never compared. Version 1 counted evaluation and warm-up in peak memory, an
-  evaluation in compile times, and the evaluations' share in the means of the GPU's state.
+  evaluation in compile times, and the evaluations' share in the means of the GPU's state; version 2 left the loader's
+  super-batches out of a captured run's peak memory and had blocks of up to an epoch.
 """
 
 import resource
@@ -31,7 +32,7 @@ from typing import Any, Literal
 
 import torch
 
-TIMING_VERSION = 2
+TIMING_VERSION = 3
 BLOCKS_PER_EPOCH = 20  # enough for a spread within the epoch; one synchronisation in 20th of an epoch costs nothing
 STRETCH_S = 0.05
 STRETCHES = 3
@@ -120,12 +121,13 @@ class BlockClock:
 class PeakMemory:
     """The peaks of memory in training and in evaluation, told apart, in MiB.
 
-    `captured`, in bytes by what they were reached in, are those of captured graphs, which replays do not show.
+    `captured` is what graphs of training and of evaluation use for themselves, in bytes, which replays do not show.
     """
 
     def __init__(self, device: torch.device, captured: Mapping[str, int] | None = None) -> None:
         self._device = device
-        self._peaks = {f"{what} allocated": _mib(size) for what, size in (captured or {}).items()}
+        self._captured = captured or {}
+        self._peaks: dict[str, float] = {}
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what warm-up left reserved is not this run's
 
@@ -138,12 +140,12 @@ class PeakMemory:
         torch.cuda.reset_peak_memory_stats(self._device)
         yield
         found = {
-            "allocated": torch.cuda.max_memory_allocated(self._device),
+            "allocated": torch.cuda.max_memory_allocated(self._device) + self._captured.get(what, 0),
             "reserved": torch.cuda.max_memory_reserved(self._device),
         }
         for name, size in found.items():
             key = f"{what} {name}"
-            self._peaks[key] = max(self._peaks.get(key, 0.0), _mib(size))
+            self._peaks[key] = max(self._peaks.get(key, 0.0), mib(size))
 
     def summary(self) -> dict[str, float | None]:
         """The record's figures; those of torch are None on a CPU.
@@ -158,5 +160,6 @@ class PeakMemory:
         }
 
 
-def _mib(size: int) -> float:
+def mib(size: int) -> float:
+    """Bytes as MiB, to one decimal."""
     return round(size / 2**20, 1)

@@ -40,6 +40,7 @@ from typing import Any, BinaryIO
 from .errors import UserError
 
 SCHEMA = 1
+LATER_SETTINGS = {"basis": "taps"}
 LARGEST_BYTES = 16 * 1024
 FEWEST_BLOCKS = 20  # enough for a median and its interval
 STATUSES = ("ok", "oom", "diverged", "timeout", "failed", "killed", "skipped")
@@ -178,6 +179,14 @@ def parse(content: bytes, path: Path) -> Record:
     if not all(whole.values()):
         wrong = ", ".join(name for name, right in whole.items() if not right)
         raise UserError(f"{path} is no whole record: {wrong} missing or not of its form")
+    return filled(record)
+
+
+def filled(record: Record) -> Record:
+    """The record with the settings that its recipe did not have yet when it was written, as they then were."""
+    recipe = record["case"].get("recipe")
+    if isinstance(recipe, dict) and "schedule" in recipe:
+        record["case"]["recipe"] = LATER_SETTINGS | recipe
     return record
 
 

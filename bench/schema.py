@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .record import STATUSES, Record, check_schema, paths_in
+from .record import STATUSES, Record, check_schema, filled, paths_in
 from .summary import clean
 
 LARGEST_RECORD = 64 * 1024  # bytes; 16 KiB is the rule, and a curve of 200 epochs is above it
@@ -63,7 +63,7 @@ def parse(content: bytes, name: str) -> Record:
     check_schema(record["schema"], name)
     for problem in problems(record):
         raise UserError(f"{name} is no valid record: {clean(problem)}")
-    return record
+    return filled(record)
 
 
 def parse_json(content: bytes, name: str) -> Any:

@@ -44,7 +44,10 @@ class Player:
         self._ahead: list[Any] = []
 
     def restart(self) -> None:
-        """Optimizer, schedule and scaler as at the start, in the same memory: a graph may hold it."""
+        """Optimizer, schedule and scaler as at the start, in the same memory: a graph may hold it.
+
+        The weights are set back before.
+        """
         for state in self.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):

@@ -223,6 +223,8 @@ def doubts(record: Record) -> list[Doubt]:
     if others > 0:
         plural = "" if others == 1 else "es"
         found.append(Doubt("shared", others, f"beside {others:,.0f} other process{plural} on the card"))
+    if _number(record, "gpu", "readings") == 0:
+        found.append(Doubt("unread", 1, "too short for a reading of the card's clocks"))
     shares = _mapping(record, "gpu", "throttle_share")
     for reason in shares:
         share = _number(shares, reason) or 0

@@ -81,13 +81,13 @@ def conv_kernel(
             value = tl.load(at, mask=inside, other=0).to(tl.float32)
             if MASKED:
                 kept = tl.load(mask + n * mask_n + i * mask_c + iy * mask_y + ix * mask_x, mask=inside, other=0)
-                value = tl.where(kept > 0, value, 0.0)
+                value = tl.where(kept <= 0, 0.0, value)  # what is no number passes
             factor = tl.load(weight + (tap * INPUTS + i) * OUTPUTS + o, mask=o < OUTPUTS, other=0)
             total += factor[:, None] * value[None, :]
     if BIASED:
         total += tl.load(bias + o, mask=o < OUTPUTS, other=0).to(tl.float32)[:, None]
     if RELU:
-        total = tl.maximum(total, 0.0)
+        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
     at = out + (n * OUTPUTS + o[:, None]) * (out_height * out_width) + pixel[None, :]
     stored = (o < OUTPUTS)[:, None] & (pixel < out_height * out_width)[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=stored)
@@ -119,6 +119,10 @@ def weight_gradient_kernel(
     gradient_c,
     gradient_y,
     gradient_x,
+    mask_n,
+    mask_c,
+    mask_y,
+    mask_x,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -129,9 +133,9 @@ def weight_gradient_kernel(
 ):
     """Programs: (input channel, or the bias; part of the images). The sums of a channel's nine taps stay in registers.
 
-    gradient: of the output; mask: the output, contiguous, whose zeros it does not pass. partial: fp32
-    [parts, 9·I + 1, O]: the sums of each part, the bias last. Parts are summed up later, in one order, so that the
-    result is the same each time. TASKS: blocks of pixels for each program.
+    gradient: of the output; mask: the output, whose zeros it does not pass. partial: fp32 [parts, 9·I + 1, O]: the sums
+    of each part, the bias last. Parts are summed up later, in one order, so that the result is the same each time.
+    TASKS: blocks of pixels for each program.
     """
     i, part = tl.program_id(0), tl.program_id(1)
     o = tl.arange(0, WIDE)
@@ -156,8 +160,9 @@ def weight_gradient_kernel(
         at = gradient + n * gradient_n + o[:, None] * gradient_c + (y * gradient_y + x * gradient_x)[None, :]
         slope = tl.load(at, mask=whole, other=0).to(tl.float32)
         if MASKED:
-            kept = tl.load(mask + (n * OUTPUTS + o[:, None]) * pixels + pixel[None, :], mask=whole, other=0)
-            slope = tl.where(kept > 0, slope, 0.0)
+            at = mask + n * mask_n + o[:, None] * mask_c + (y * mask_y + x * mask_x)[None, :]
+            kept = tl.load(at, mask=whole, other=0)
+            slope = tl.where(kept <= 0, 0.0, slope)
         if i == INPUTS:
             t0 += slope
         else:
@@ -227,7 +232,7 @@ def weight_gradient_triton(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of weight, [O, I, 3, 3], and bias, [O], in fp32, for the gradient [B, O, HO, WO] of the output.
 
-    mask: the output under ReLU, contiguous; where it is not above zero the gradient does not pass.
+    mask: the output under ReLU; where it is not above zero the gradient does not pass.
     """
     b, i, h, w = images.shape
     o, out_h, out_w = gradient.shape[1:]
@@ -247,6 +252,7 @@ def weight_gradient_triton(
             out_w,
             *images.stride(),
             *gradient.stride(),
+            *(gradient if mask is None else mask).stride(),
             INPUTS=i,
             OUTPUTS=o,
             WIDE=triton.next_power_of_2(o),
@@ -256,7 +262,7 @@ def weight_gradient_triton(
             TASKS=triton.cdiv(tasks, parts),
         )
     total = partial.sum(0)
-    return total[:-1].view(i, 3, 3, o).permute(3, 0, 1, 2), total[-1]
+    return total[:-1].view(i, 3, 3, o).permute(3, 0, 1, 2), total[-1].clone()
 
 
 @torch.library.custom_op("netdyno::few_channel_conv", mutates_args=())
@@ -310,6 +316,8 @@ def conv(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool)
 
     ValueError for shapes that the kernels do not take: other than 3×3 taps, padding 0, 1 or 2 and up to 16 channels.
     """
+    if images.shape[1] != weight.shape[1]:
+        raise ValueError(f"images of {images.shape[1]} channels, but weights for {weight.shape[1]}")
     if weight.shape[2:] != (3, 3) or padding not in (0, 1, 2) or max(weight.shape[:2]) > NARROW:
         raise ValueError(
             f"weights {tuple(weight.shape)} at padding {padding}: 3×3 taps, 0 to 2, {NARROW} channels at most"

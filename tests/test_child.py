@@ -19,11 +19,12 @@ from PIL import Image
 
 from netdyno.bench import child, machine, runner, step, train
 from netdyno.bench import record as records
+from netdyno.bench.capture import Captured
 from netdyno.bench.data import dali, synthetic
 from netdyno.bench.data.loader import Batch
 from netdyno.bench.order import Order
 from netdyno.bench.train import Evaluation
-from netdyno.bench.tuning import TUNINGS, tuned
+from netdyno.bench.tuning import TUNINGS, fp32, tuned
 from netdyno.bench.workloads import Case, Workload, conv_autoencoder, dcgan, describe, mnist_cnn, quick, resolve
 
 CPU = torch.device("cpu")
@@ -238,7 +239,7 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     class Captured:
         graphs = 0
-        peak_bytes: ClassVar[dict[str, int]] = {}
+        own_bytes: ClassVar[dict[str, int]] = {}
 
         def __init__(self, function: Any, purpose: str) -> None:
             self.function, self.purpose = function, purpose
@@ -257,6 +258,7 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_several_steps_at_a_time_learn_the_same(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with_recipe(monkeypatch, batch_size=32)
     monkeypatch.setattr(dali, "STEPS_AT_ONCE", 4)
+    monkeypatch.setattr(dali, "PARTS_OF_EPOCH", 1)
     case = replace(EAGER, tuning="tuned")
     with monkeypatch.context() as apart:
         apart.setitem(TUNINGS, "tuned", lambda capability: replace(tuned(capability), compile=False))
@@ -275,6 +277,7 @@ def test_several_steps_at_a_time_learn_the_same(measure: Any, monkeypatch: pytes
 def test_the_fewer_steps_of_an_epochs_end_are_captured_too(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with_recipe(monkeypatch, batch_size=32)
     monkeypatch.setattr(dali, "STEPS_AT_ONCE", 5)
+    monkeypatch.setattr(dali, "PARTS_OF_EPOCH", 1)
     calls = replaying(monkeypatch)
     for mode in ("e2e", "compute"):
         calls.clear()
@@ -282,6 +285,31 @@ def test_the_fewer_steps_of_an_epochs_end_are_captured_too(measure: Any, monkeyp
         assert calls[:4] == [5, 4, 5, 4]  # compiled and captured, then timed
         assert calls[-4:] == [5, 4] * 2
         assert found["timing"]["steps"] == 18
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workload", ["mnist-cnn", "conv-autoencoder"])
+def test_a_captured_run_learns_what_another_does(measure: Any, monkeypatch: pytest.MonkeyPatch, workload: Any) -> None:
+    """Loader, memory and replays together, evaluation too, while the device lags far behind the host."""
+    with_recipe(monkeypatch, batch_size=32)
+    monkeypatch.setattr(dali, "STEPS_AT_ONCE", 4)
+    monkeypatch.setattr(dali, "PARTS_OF_EPOCH", 1)
+    replay = Captured.__call__
+
+    def late(self: Any, *inputs: torch.Tensor) -> Any:
+        torch.cuda._sleep(20_000_000)  # some 10 ms
+        return replay(self, *inputs)
+
+    monkeypatch.setattr(Captured, "__call__", late)
+    curves = []
+    for capture in (False, True):
+        monkeypatch.setitem(
+            TUNINGS, "fp32", lambda capability, capture=capture: replace(fp32(capability), capture=capture)
+        )
+        found, _ = measure(Case(workload=workload, suite="quick", tuning="fp32"))
+        assert found["case"]["captured"] is capture
+        curves.append([value for row in found["accuracy"]["curve"] for value in (row["train_loss"], row["metric"])])
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
 
 
 # data

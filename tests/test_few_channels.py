@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from itertools import cycle, product
+from itertools import product
 
 import pytest
 import torch
@@ -52,10 +52,9 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def compare_kernels_with_float64(device: str, shapes: list[tuple[int, ...]]) -> None:
-    settings = zip(product(shapes, TOLERANCE), cycle((0, 2, 1)), cycle((False, True)), strict=False)
-    for (shape, dtype), padding, channels_last in settings:
+    for n, (shape, dtype, padding) in enumerate(product(shapes, TOLERANCE, (0, 1, 2))):
+        channels_last, relu = n % 2 == 0, n % 5 < 3
         images, weight, bias = case(shape, dtype, channels_last, device)
-        relu = padding != 1
         exact = [tensor.double().requires_grad_() for tensor in (images, weight, bias)]
         out = conv_reference(*exact, padding, relu)
         found = conv_triton(images, weight, bias, padding, relu)
@@ -63,7 +62,7 @@ def compare_kernels_with_float64(device: str, shapes: list[tuple[int, ...]]) -> 
         close(found, out, TOLERANCE[dtype])
 
         gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-        mask = found if relu else None
+        mask = found.contiguous(memory_format=torch.channels_last) if relu else None  # its strides are its own
         # the mask is the kernel's: at a rounded zero it may differ from the exact one
         passed = gradient.double() if mask is None else gradient.double() * (mask > 0)
         F.conv2d(*exact, padding=padding).backward(passed)
@@ -87,6 +86,26 @@ def test_kernels_equal_float64_in_the_interpreter() -> None:
 @pytest.mark.gpu
 def test_kernels_equal_float64_on_the_gpu() -> None:
     compare_kernels_with_float64("cuda", SHAPES + LARGE)
+
+
+@pytest.mark.gpu
+def test_what_is_no_number_is_not_hidden_by_relu() -> None:
+    """A run that diverges must look so, and the gradient scaler must see an overflow."""
+    images, weight, bias = case(SHAPES[0], torch.float32, True, "cuda")
+    weight[0, 0, 1, 1] = torch.nan
+    out = conv(images, weight, bias, 1, True)
+    assert out[:, 0].isnan().all()
+    assert out[:, 1:].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_one_output_channel_has_gradients_of_its_own() -> None:
+    images, weight, bias = case((1, 3, 1, 8, 8), torch.float32, True, "cuda")
+    weight.requires_grad_()
+    bias.requires_grad_()
+    conv(images, weight, bias, 0, True).sum().backward()
+    assert weight.grad is not None
+    assert bias.grad is not None
 
 
 @pytest.mark.gpu
@@ -119,16 +138,18 @@ def test_shapes_that_the_kernels_do_not_take() -> None:
     for weight, padding in [(torch.ones(2, 2, 5, 5), 0), (torch.ones(2, 2, 3, 3), 3), (torch.ones(17, 2, 3, 3), 0)]:
         with pytest.raises(ValueError, match="channels at most"):
             conv(torch.ones(1, 2, 8, 8), weight, torch.ones(len(weight)), padding, False)
+    with pytest.raises(ValueError, match="images of 3 channels, but weights for 5"):
+        conv(torch.ones(1, 3, 8, 8), torch.ones(2, 5, 3, 3), torch.ones(2), 0, False)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(75, "fp16"), (75, "fp32"), (90, "bf16"), (90, "fp32")])
 @pytest.mark.parametrize("kernel", [conv_kernel, weight_gradient_kernel], ids=["conv", "weights"])
 def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel) -> None:
-    values = {"INPUTS": 8, "OUTPUTS": 4, "WIDE": 4, "PADDING": 0, "MASKED": True, "BLOCK": few_channels.BLOCK}
+    values = {"INPUTS": 8, "OUTPUTS": 4, "WIDE": 4, "PADDING": 0, "MASKED": True}
     if kernel is conv_kernel:
-        values |= {"BIASED": True, "RELU": True}
+        values |= {"BIASED": True, "RELU": True, "BLOCK": few_channels.BLOCK}
     else:
-        values |= {"TASKS": 8}
+        values |= {"TASKS": 8, "BLOCK": few_channels.BLOCK_OF_GRADIENT}
     pointers = {"images": dtype, "mask": dtype, "gradient": dtype, "out": dtype}
     pointers |= {"weight": "fp32", "bias": "fp32", "partial": "fp32"}
     signature = {

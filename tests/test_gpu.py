@@ -395,6 +395,15 @@ def test_the_sampler_ends_with_an_error_of_the_body(nvml: FakeNvml) -> None:
     assert threading.active_count() == threads
 
 
+def test_stretches_without_a_reading_still_tell_who_else_was_there(nvml: Any) -> None:
+    nvml.processes = lambda: [SimpleNamespace(pid=pid, usedGpuMemory=2**20) for pid in (7, 8)]
+    with Gpu.open() as opened, Sampler(opened, 7) as sampler:
+        sampler.mark(True)
+        sampler.mark(False)
+        wait_until(lambda: sampler.summary() is not None)
+    assert sampler.summary() == {"other_processes": 1, "readings": 0}
+
+
 def test_without_a_gpu_the_sampler_idles() -> None:
     threads = threading.active_count()
     with Sampler(None, 7) as sampler:

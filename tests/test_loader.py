@@ -193,13 +193,14 @@ def test_several_batches_come_at_once(at_once: int, super_batch: int, monkeypatc
     together.close()
 
 
-def test_a_replay_takes_many_batches_but_no_more_than_a_super_batch() -> None:
+def test_a_replay_takes_many_batches_but_neither_a_super_batch_nor_an_eighth_of_an_epoch() -> None:
     small = np.broadcast_to(np.uint8(0), (60_000, 28, 28, 1))
-    assert dali.batches_at_once(small, 256) == 30  # 234 batches in 8 parts, the last of 24
-    assert dali.batches_at_once(small, 1_024) == 15  # 58 in 4: 16 would be 16k images too
+    assert dali.batches_at_once(small, 32) == 32  # 1,875 batches in 59 parts
+    assert dali.batches_at_once(small, 256) == 26  # 234 in 9: an eighth of them would be 29
+    assert dali.batches_at_once(small, 1_024) == 7  # 58 in 9
     assert dali.batches_at_once(small, 20_000) == 1
-    faces = np.broadcast_to(np.uint8(0), (20_000, 64, 64, 3))
-    assert dali.batches_at_once(faces, 128) == 32  # 156 in 5; 5,461 images of 12 KiB are 64 MiB
+    faces = np.broadcast_to(np.uint8(0), (200_000, 64, 64, 3))
+    assert dali.batches_at_once(faces, 512) == 10  # 390 in 39; 5,461 images of 12 KiB are 64 MiB
 
 
 def threads(at_most: int = 0) -> int:

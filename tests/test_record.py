@@ -237,6 +237,14 @@ def test_the_code_hash_follows_what_decides_a_measurement(tmp_path: Path, monkey
     assert records.code_hash() not in seen
 
 
+def test_settings_that_came_later_are_as_they_were() -> None:
+    record = new_record({"recipe": {"schedule": "constant", "epochs": 2}}, {"slug": "here"})
+    content = json.dumps(record).encode()
+    assert records.parse(content, Path("a"))["case"]["recipe"] == {"schedule": "constant", "epochs": 2, "basis": "taps"}
+    record["case"]["recipe"]["basis"] = "frequencies"
+    assert records.parse(json.dumps(record).encode(), Path("a"))["case"]["recipe"]["basis"] == "frequencies"
+
+
 def test_every_source_that_a_run_imports_counts_or_is_known_not_to() -> None:
     script = "import sys, netdyno.bench.child, netdyno.bench.runner; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()

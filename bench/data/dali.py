@@ -37,7 +37,8 @@ T = TypeVar("T")
 
 SUPER_BATCH_IMAGES = 16_384
 SUPER_BATCH_BYTES = 64 << 20  # two or three of them are on the device at a time: DALI's queue and the one in use
-STEPS_AT_ONCE = 32  # of a captured step: what the host does between two replays is then hidden, as the log shows
+STEPS_AT_ONCE = 32  # of a captured step, at most …
+PARTS_OF_EPOCH = 8  # … and so few that an epoch has as many blocks, since a block of time is a replay or more
 DECODE_CHUNK = 256
 
 
@@ -104,7 +105,7 @@ def array_loader(
 def batches_at_once(images: np.ndarray, batch_size: int) -> int:
     """How many training batches of `images` [N, H, W, C] a captured step best takes at a time."""
     batches, _ = count_epoch(len(images), batch_size, train=True)
-    return _spread(batches, min(STEPS_AT_ONCE, _super_batch(images) // batch_size))
+    return _spread(batches, min(STEPS_AT_ONCE, batches // PARTS_OF_EPOCH, _super_batch(images) // batch_size))
 
 
 def _super_batch(images: np.ndarray) -> int:
