@@ -46,7 +46,7 @@ SECTIONS = ("timing", "throughput", "memory", "accuracy", "compile", "gpu", "roo
 MEASURES: tuple[str, ...] = (
     *(
         f"bench/{name}.py"
-        for name in ("capture", "child", "gpu", "measure", "metrics", "order", "runner", "step", "train")
+        for name in ("capture", "child", "gpu", "measure", "metrics", "order", "runner", "start", "step", "train")
     ),
     *("bench/tuning.py", "bench/workloads.py", "bench/data", "kernels", "models"),
 )
