@@ -1,4 +1,6 @@
-"""What runs inside the child process of a case: data, network, warm-up, timed epochs. Its parent is `bench/runner.py`.
+"""What runs inside the child process of a case: data, network, warm-up, timed epochs.
+
+`bench/start.py` starts it; its parent is `bench/runner.py`.
 
 The child says what it finds in JSON lines on its standard output, each as soon as it is known, so that whatever was
 measured before a failure is kept:
@@ -13,9 +15,7 @@ measured before a failure is kept:
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -493,19 +493,5 @@ def main(order: Order) -> None:
             emit(status="failed", reason=f"{type(error).__name__}: {first_line(error)}"[:500])
 
 
-def end_with_parent() -> None:
-    """Ends this session, with loader and compiler workers, when the parent is gone and with it the end of its pipe."""
-    os.read(sys.stdin.fileno(), 1)
-    os.killpg(0, signal.SIGKILL)
-
-
 def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-if __name__ == "__main__":
-    received = Order.from_json(sys.stdin.readline())
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    main(received)
-    # taking down CUDA, DALI and the compiler's workers in order takes six seconds on an H200; the parent ends them
-    os._exit(0)

@@ -78,7 +78,7 @@ def main() -> None:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         print(kind + first_line(error), file=sys.stderr, flush=True)
         os._exit(1)
-    os._exit(0)  # as in bench/child.py: taking down CUDA and DALI in order takes seconds
+    os._exit(0)  # as in bench/start.py: taking down CUDA and DALI in order takes seconds
 
 
 if __name__ == "__main__":

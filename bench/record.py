@@ -49,7 +49,9 @@ SECTIONS = ("timing", "throughput", "memory", "accuracy", "compile", "gpu", "roo
 MEASURES: tuple[str, ...] = (
     *(
         f"bench/{name}.py"
-        for name in ("basis", "capture", "child", "gpu", "measure", "metrics", "order", "runner", "step", "train")
+        for name in (
+            *("basis", "capture", "child", "gpu", "measure", "metrics", "order", "runner", "start", "step", "train"),
+        )
     ),
     *("bench/tuning.py", "bench/workloads.py", "bench/data", "kernels", "models"),
 )

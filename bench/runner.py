@@ -1,8 +1,9 @@
 """Runs one case in a fresh child process and makes its record, whatever the end of the child.
 
-`run(case)` is the main path: it starts the child (`bench/child.py`), passes its progress on, watches it by NVML and the
-clock, and returns the record. A case that compiles runs in two children the first time: one with an empty compiler
-cache, for the cold start alone, then the measured one, whose start is warm. Both times are in the record.
+`run(case)` is the main path: it starts the child (`bench/start.py`, then `bench/child.py`), passes its progress on,
+watches it by NVML and the clock, and returns the record. A case that compiles runs in two children the first time: one
+with an empty compiler cache, for the cold start alone, then the measured one, whose start is warm. Both times are in
+the record.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ from .workloads import Case, describe, resolve
 STALL_S = 1_200.0  # without a word from the child; the longest silence of a healthy one is a cold compilation
 POLL_S = 0.5  # between two looks at whether a silent child is still there
 DUMP_S = 5.0  # for a child that stalls to say where
-CHILD = (sys.executable, "-X", "faulthandler", "-m", "netdyno.bench.child")
+CHILD = (sys.executable, "-X", "faulthandler", "-m", "netdyno.bench.start")
 # Loader workers hand their batches over through sockets, `pymp-abcdefgh/listener-abcdefgh` in $TMPDIR; where the path
 # is too long for one, 107 bytes, they wait for ever.
 LONGEST_TMPDIR = 107 - len("/pymp-abcdefgh/listener-abcdefgh")
