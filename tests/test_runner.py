@@ -4,6 +4,7 @@ import _thread
 import hashlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -221,6 +222,15 @@ def test_a_worker_that_outlives_the_child_holds_nobody_up(go: Any, end: str, sta
     assert gone(record["data"]["pid"])
 
 
+@pytest.fixture
+def _heeds_ctrl_c() -> Iterator[None]:
+    """A shell lets what it runs in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_ctrl_c_ends_the_child_and_leaves_a_record(go: Any, tmp_path: Path) -> None:
     pids: list[int] = []
 
