@@ -114,9 +114,13 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
     siblings: dict[tuple, list[Row]] = {}
     for row in section.rows:
         siblings.setdefault(_visible(row), []).append(row)
+    newest = max((row.timing_version or 0 for row in section.rows), default=0)
 
     def workload(row: Row) -> str:
-        return notes.mark(_workload(row), _distinction(row, siblings[_visible(row)]))
+        apart = [_distinction(row, siblings[_visible(row)])]
+        if row.ok and row.timing_version != newest:
+            apart.append(f"timing version {figure(row.timing_version, count=True)}, others {figure(newest, count=True)}")
+        return notes.mark(_workload(row), ", ".join(part for part in apart if part))
 
     memory = {
         "allocated": Column(
@@ -165,7 +169,7 @@ def _distinction(row: Row, siblings: Sequence[Row]) -> str:
 
     def properties(other: Row) -> dict[str, Any]:
         digests = {f"{split} data": str(digest)[:12] for split, digest in other.data_sha256.items()}
-        return {**other.recipe, "timing_version": other.timing_version, "data": other.data_label, **digests}
+        return {**other.recipe, "data": other.data_label, **digests}
 
     if not row.ok:
         return ""

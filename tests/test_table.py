@@ -182,6 +182,14 @@ def test_rows_that_would_read_the_same_say_what_sets_them_apart() -> None:
     assert "- ² lr 0.5" in text
 
 
+def test_a_row_of_an_older_timing_version_says_so() -> None:
+    older, newer = make(1, workload="cifar10-cnn"), make(2, timing_version=2)
+    lines = table.to_markdown([older, newer]).splitlines()
+    assert "- ¹ timing version 1, others 2" in lines
+    assert [line.split("|")[1].strip() for line in lines if "-cnn" in line] == ["cifar10-cnn¹", "mnist-cnn"]
+    assert "timing version" not in table.to_markdown([older, make(2)])
+
+
 def test_what_weakens_a_number_stands_beside_it() -> None:
     beside = {"other_processes": 1, "readings": 9}
     text = table.to_markdown([make(1, steady=False, code="1"), make(2, steady=False, gpu=beside, code="2")])
