@@ -36,6 +36,7 @@ from .data import baseline, dali, prepared, weights
 from .data.loader import Batch, Loader
 from .data.prepared import ImageSet
 from .errors import UserError
+from .fuse import fuse
 from .measure import TIMING_VERSION, BlockClock, PeakMemory, mib, warm_up
 from .metrics import sliced_wasserstein
 from .order import Order
@@ -85,6 +86,8 @@ def run(order: Order, emit: Emit) -> None:
     network.to(device)
     if tuning.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    if tuning.kernels:
+        fuse(network)
     loader = train_loader()
     eval_loader = make_loader(workload, eval_set, tuning, device, train=False, seed=case.seed, into=eval_place)
     step, players = make_step(workload, network, tuning, device, loader.batches_per_epoch * workload.recipe.epochs)
@@ -248,6 +251,7 @@ def describe_data(train_set: ImageSet, eval_set: ImageSet, tuning: Tuning) -> di
         "sha256": {"train": train_set.sha256, "test": eval_set.sha256},
         "images": {"train": len(train_set), "test": len(eval_set)},
         "loader": tuning.loader,
+        "resident": tuning.loader == "dali" and train_set.images is not None and dali.is_resident(train_set.images),
     }
 
 

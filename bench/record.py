@@ -13,7 +13,7 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
     accuracy    metric, unit, higher_is_better, curve (a row an epoch), final, best, target, also_at_least, reached,
                 train_s_to_target, references (for generated images), pictures (with their hashes, where there are any)
     compile     cold_s, warm_s, cold_start_s, warm_start_s, recompiles
-    data        name, label, synthetic, sha256, images, loader
+    data        name, label, synthetic, sha256, images, loader, resident
     machine     slug, gpu, cpu, cores, memory_gib, os, versions
     gpu         sm_clock_mhz_mean, sm_clock_mhz_min, sm_clock_mhz_max (both while it was busy), mem_clock_mhz_mean,
                 power_w_mean, temperature_c_mean, temperature_c_max, utilisation_pct_mean, throttle_share (of the

@@ -384,6 +384,7 @@ RECORD = _object(
                     "synthetic": _or_null(_flag),
                     "sha256": _or_null(_table(_or_null(_text))),
                     "loader": _or_null(_text),
+                    "resident": _or_null(_flag),
                 }
             )
         ),

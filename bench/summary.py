@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from . import stats
 from .stats import median, median_interval
+from .tuning import LADDER
 
 Record = Mapping[str, Any]
 
@@ -343,7 +344,7 @@ def show_entry(value: Any) -> str:
 
 def order(row: Row) -> tuple:
     """Sort key: by workload, then end to end first, then tuned before eager, what failed last."""
-    modes, tunings = ("e2e", "compute", "loader"), ("tuned", "dali", "compiled", "channels-last", "amp", "eager")
+    modes, tunings = ("e2e", "compute", "loader"), tuple(reversed(LADDER))
     return (
         *(row.workload or "", row.division != "closed", row.division or "", row.gpus or 0),
         *(rank(row.mode, modes), row.mode or "", rank(row.tuning, tunings), row.tuning or ""),

@@ -119,7 +119,9 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
     def workload(row: Row) -> str:
         apart = [_distinction(row, siblings[_visible(row)])]
         if row.ok and row.timing_version != newest:
-            apart.append(f"timing version {figure(row.timing_version, count=True)}, others {figure(newest, count=True)}")
+            apart.append(
+                f"timing version {figure(row.timing_version, count=True)}, others {figure(newest, count=True)}"
+            )
         return notes.mark(_workload(row), ", ".join(part for part in apart if part))
 
     memory = {

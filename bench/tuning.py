@@ -17,6 +17,7 @@ class Tuning:
     compile: bool
     fused_optimizer: bool
     capture: bool  # the whole step, and many of them at a time, as one CUDA graph
+    kernels: bool  # those of `kernels/` that networks can use, in place of what torch.compile makes and cuDNN does
     loader: Literal["dali", "torch"]
     needs_gpu: bool = False
     memory_limit_mib: int | None = None  # the run counts as out of memory when the process peak (NVML) is above
@@ -42,6 +43,7 @@ def eager(capability: Capability) -> Tuning:
         compile=False,
         fused_optimizer=False,
         capture=False,
+        kernels=False,
         loader="torch",
     )
 
@@ -71,7 +73,12 @@ def tuned(capability: Capability) -> Tuning:
     return replace(dali(capability), name="tuned", capture=capability is not None)
 
 
-LADDER = ("eager", "amp", "channels-last", "compiled", "dali", "tuned")
+def kernels(capability: Capability) -> Tuning:
+    """`tuned` with the kernels; not the default before they have won on a card."""
+    return replace(tuned(capability), name="kernels", kernels=True)
+
+
+LADDER = ("eager", "amp", "channels-last", "compiled", "dali", "tuned", "kernels")
 
 
 def fp32(capability: Capability) -> Tuning:
@@ -85,5 +92,5 @@ def t4(capability: Capability) -> Tuning:
 
 
 TUNINGS: dict[str, Callable[[Capability], Tuning]] = {
-    make(None).name: make for make in (tuned, dali, compiled, channels_last, amp, eager, fp32, t4)
+    make(None).name: make for make in (tuned, kernels, dali, compiled, channels_last, amp, eager, fp32, t4)
 }

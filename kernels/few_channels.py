@@ -21,7 +21,7 @@ from torch import Tensor
 BLOCK = 256  # output pixels a program: two for each thread of 4 warps, so that each weight is read for two products
 BLOCK_OF_GRADIENT = 128  # one for each thread, with nine taps' sums for each output channel in registers
 PROGRAMS = 2048  # of a weight gradient, about: some for each multiprocessor of the largest cards
-NARROW = 16  # channels: up to here all outputs of a pixel stay in a thread's registers
+NARROW = 8  # channels: up to here all outputs of a pixel stay in a thread's registers
 
 
 def turned(weight: Tensor) -> Tensor:
@@ -58,16 +58,20 @@ def conv_kernel(
     mask_c,
     mask_y,
     mask_x,
+    weight_o,
+    weight_i,
+    weight_tap,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     WIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    MIRRORED: tl.constexpr,
     MASKED: tl.constexpr,
     BIASED: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Programs: (image, block of its output pixels). weight: fp32 [3, 3, I, O]. out: [B, O, HO, WO], contiguous."""
+    """Programs: (image, block of its output pixels). MIRRORED: the taps. out: [B, O, HO, WO], contiguous."""
     n = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y, x = pixel // out_width, pixel % out_width
@@ -82,7 +86,9 @@ def conv_kernel(
             if MASKED:
                 kept = tl.load(mask + n * mask_n + i * mask_c + iy * mask_y + ix * mask_x, mask=inside, other=0)
                 value = tl.where(kept <= 0, 0.0, value)  # what is no number passes
-            factor = tl.load(weight + (tap * INPUTS + i) * OUTPUTS + o, mask=o < OUTPUTS, other=0)
+            turn = 8 - tap if MIRRORED else tap
+            at = weight + o * weight_o + i * weight_i + turn * weight_tap
+            factor = tl.load(at, mask=o < OUTPUTS, other=0).to(tl.float32)
             total += factor[:, None] * value[None, :]
     if BIASED:
         total += tl.load(bias + o, mask=o < OUTPUTS, other=0).to(tl.float32)[:, None]
@@ -192,14 +198,27 @@ def weight_gradient_kernel(
 
 
 def conv_triton(
-    images: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu: bool, mask: Tensor | None = None
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    relu: bool,
+    mask: Tensor | None = None,
+    *,
+    transposed: bool = False,
 ) -> Tensor:
     """`conv_reference` by the kernel, summed up in fp32; contiguous.
 
-    mask: [B, I, H, W]; the images count as zero where it is not above zero.
+    mask: [B, I, H, W]; the images count as zero where it is not above zero. transposed: by the `turned` weight.
     """
     b, i, h, w = images.shape
+    o_stride, i_stride, _, tap_stride = weight.stride()
+    if weight.stride(2) != 3 * tap_stride:
+        weight = weight.contiguous()
+        o_stride, i_stride, _, tap_stride = weight.stride()
     o = weight.shape[0]
+    if transposed:
+        o, o_stride, i_stride = weight.shape[1], i_stride, o_stride
     out = torch.empty(b, o, h + 2 * padding - 2, w + 2 * padding - 2, dtype=images.dtype, device=images.device)
     kept = images if mask is None else mask
     grid = (b, triton.cdiv(out.shape[2] * out.shape[3], BLOCK))
@@ -207,7 +226,7 @@ def conv_triton(
         conv_kernel[grid](
             images,
             kept,
-            weight.float().permute(2, 3, 1, 0).contiguous(),
+            weight,
             out if bias is None else bias,
             out,
             h,
@@ -215,10 +234,14 @@ def conv_triton(
             *out.shape[2:],
             *images.stride(),
             *kept.stride(),
+            o_stride,
+            i_stride,
+            tap_stride,
             INPUTS=i,
             OUTPUTS=o,
             WIDE=triton.next_power_of_2(o),
             PADDING=padding,
+            MIRRORED=transposed,
             MASKED=mask is not None,
             BIASED=bias is not None,
             RELU=relu,
@@ -227,12 +250,11 @@ def conv_triton(
     return out
 
 
-def weight_gradient_triton(
-    images: Tensor, gradient: Tensor, mask: Tensor | None, padding: int
-) -> tuple[Tensor, Tensor]:
-    """The gradients of weight, [O, I, 3, 3], and bias, [O], in fp32, for the gradient [B, O, HO, WO] of the output.
+def weight_gradient_triton(images: Tensor, gradient: Tensor, mask: Tensor | None, padding: int) -> Tensor:
+    """The gradients of the weights and the bias, in fp32 [9·I + 1, O]: by input channel and tap, the bias last.
 
-    mask: the output under ReLU; where it is not above zero the gradient does not pass.
+    gradient: [B, O, HO, WO], of the output. mask: the output under ReLU; where it is not above zero the gradient does
+    not pass.
     """
     b, i, h, w = images.shape
     o, out_h, out_w = gradient.shape[1:]
@@ -261,67 +283,83 @@ def weight_gradient_triton(
             BLOCK=BLOCK_OF_GRADIENT,
             TASKS=triton.cdiv(tasks, parts),
         )
-    total = partial.sum(0)
-    return total[:-1].view(i, 3, 3, o).permute(3, 0, 1, 2), total[-1].clone()
+    return partial.sum(0)
+
+
+def unpacked(total: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of the gradients of weight, [O, I, 3, 3], and bias, [O], in what `weight_gradient_triton` gives."""
+    i, o = total.shape[0] // 9, total.shape[1]
+    return total[:-1].view(i, 3, 3, o).permute(3, 0, 1, 2), total[-1]
 
 
 @torch.library.custom_op("netdyno::few_channel_conv", mutates_args=())
-def _conv(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool) -> Tensor:
-    return conv_triton(images, weight, bias, padding, relu)
+def _conv(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool, transposed: bool) -> Tensor:
+    return conv_triton(images, weight, bias, padding, relu, transposed=transposed)
 
 
 @_conv.register_fake
-def _(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool) -> Tensor:
+def _(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool, transposed: bool) -> Tensor:
     b, _, h, w = images.shape
-    return images.new_empty(b, weight.shape[0], h + 2 * padding - 2, w + 2 * padding - 2)
+    return images.new_empty(b, len(bias), h + 2 * padding - 2, w + 2 * padding - 2)
 
 
-@torch.library.custom_op("netdyno::few_channel_conv_gradients", mutates_args=())
-def _gradients(
-    gradient: Tensor, images: Tensor, weight: Tensor, out: Tensor, padding: int, relu: bool, of_images: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    mask = out if relu else None
-    weights, bias = weight_gradient_triton(images, gradient, mask, padding)
-    behind = images.new_empty(0)
-    if of_images:
-        behind = conv_triton(gradient, turned(weight), None, 2 - padding, False, mask)
-    return behind, weights.to(weight.dtype).contiguous(), bias.to(weight.dtype)
+@torch.library.custom_op("netdyno::few_channel_conv_behind", mutates_args=())
+def _behind_conv(gradient: Tensor, weight: Tensor, out: Tensor, padding: int, relu: bool, transposed: bool) -> Tensor:
+    """The gradient of the images."""
+    return conv_triton(gradient, weight, None, 2 - padding, False, out if relu else None, transposed=not transposed)
 
 
-@_gradients.register_fake
-def _(
-    gradient: Tensor, images: Tensor, weight: Tensor, out: Tensor, padding: int, relu: bool, of_images: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    behind = gradient.new_empty(images.shape) if of_images else images.new_empty(0)
-    return behind, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+@_behind_conv.register_fake
+def _(gradient: Tensor, weight: Tensor, out: Tensor, padding: int, relu: bool, transposed: bool) -> Tensor:
+    b, _, h, w = gradient.shape
+    channels = weight.shape[0] if transposed else weight.shape[1]
+    return gradient.new_empty(b, channels, h - 2 * padding + 2, w - 2 * padding + 2)
+
+
+@torch.library.custom_op("netdyno::few_channel_conv_weights", mutates_args=())
+def _of_weights(gradient: Tensor, images: Tensor, out: Tensor, padding: int, relu: bool) -> Tensor:
+    """The gradients of weight and bias, packed as `weight_gradient_triton` gives them."""
+    return weight_gradient_triton(images, gradient, out if relu else None, padding)
+
+
+@_of_weights.register_fake
+def _(gradient: Tensor, images: Tensor, out: Tensor, padding: int, relu: bool) -> Tensor:
+    return images.new_empty(9 * images.shape[1] + 1, out.shape[1], dtype=torch.float32)
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    images, weight, _, ctx.padding, ctx.relu = inputs
+    images, weight, _, *ctx.options = inputs
     ctx.save_for_backward(images, weight, output)
 
 
-def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     images, weight, out = ctx.saved_tensors
-    needed = ctx.needs_input_grad[0]
-    behind, weights, bias = _gradients(gradient, images, weight, out, ctx.padding, ctx.relu, needed)
-    return behind if needed else None, weights, bias, None, None
+    padding, relu, transposed = ctx.options
+    behind = _behind_conv(gradient, weight, out, *ctx.options) if ctx.needs_input_grad[0] else None
+    weights, bias = unpacked(_of_weights(gradient, images, out, padding, relu))
+    if transposed:
+        weights = turned(weights)
+    return behind, weights.to(weight.dtype), bias.to(weight.dtype), None, None, None
 
 
 _conv.register_autograd(_backward, setup_context=_keep)
 
 
-def conv(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool) -> Tensor:
+def conv(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool, *, transposed: bool = False) -> Tensor:
     """`conv_reference` (see there) with a bias, by the Triton kernels on CUDA; differentiable, also when compiled.
 
-    ValueError for shapes that the kernels do not take: other than 3×3 taps, padding 0, 1 or 2 and up to 16 channels.
+    transposed: `weight`, [I, O, 3, 3], is a transposed convolution's, and of that is the padding too: 0, 1 or 2.
+    ValueError for shapes that the kernels do not take: other than 3×3 taps, padding 0, 1 or 2 and up to 8 channels.
     """
-    if images.shape[1] != weight.shape[1]:
-        raise ValueError(f"images of {images.shape[1]} channels, but weights for {weight.shape[1]}")
+    channels = weight.shape[0] if transposed else weight.shape[1]
+    if images.shape[1] != channels:
+        raise ValueError(f"images of {images.shape[1]} channels, but weights for {channels}")
     if weight.shape[2:] != (3, 3) or padding not in (0, 1, 2) or max(weight.shape[:2]) > NARROW:
         raise ValueError(
             f"weights {tuple(weight.shape)} at padding {padding}: 3×3 taps, 0 to 2, {NARROW} channels at most"
         )
+    if transposed:
+        padding = 2 - padding
     if not images.is_cuda:
-        return conv_reference(images, weight, bias, padding, relu)
-    return _conv(images, weight, bias, padding, relu)
+        return conv_reference(images, turned(weight) if transposed else weight, bias, padding, relu)
+    return _conv(images, weight, bias, padding, relu, transposed)

@@ -116,6 +116,7 @@ def test_a_whole_record_has_every_key_of_its_description(data: Path, tmp_path: P
     assert record["data"]["images"] == {"train": 300, "test": 100}
     assert (record["data"]["label"], record["data"]["synthetic"]) == ("synthetic", True)
     assert (record["data"]["name"], record["data"]["loader"]) == ("mnist", "torch")
+    assert record["data"]["resident"] is False
     assert len(record["data"]["sha256"]["train"]) == 64
 
     accuracy = record["accuracy"]
@@ -191,7 +192,7 @@ def test_a_case_that_compiles_tells_its_compile_times(measure: Any, monkeypatch:
     assert cold["compile"] | warm["compile"] == {name: pytest.approx(0, abs=60) for name in documented()["compile"]}
     assert 0.5 < cold["compile"]["cold_s"] < cold["compile"]["cold_start_s"]
     assert warm["compile"]["recompiles"] == 0
-    assert warm["data"]["loader"] == "dali"
+    assert (warm["data"]["loader"], warm["data"]["resident"]) == ("dali", True)
     assert warm["accuracy"]["final"] >= 0
 
 

@@ -150,7 +150,7 @@ def test_help_of_run_tells_every_choice_and_default(netdyno: Any) -> None:
     for default in (
         "all six",
         "quick",
-        "tuned; full: tuned and eager; source: fp32; ladder: all six",
+        "tuned; full: tuned and eager; source: fp32; ladder: all seven",
         "e2e",
         "results",
     ):
@@ -186,7 +186,8 @@ def test_without_a_command_there_is_help(netdyno: Any, arguments: list[str]) -> 
         ),
         (
             "run --tuning fast",
-            "'fast' is not one of 'tuned', 'dali', 'compiled', 'channels-last', 'amp', 'eager', 'fp32', 't4'",
+            "'fast' is not one of 'tuned', 'kernels', 'dali', 'compiled', 'channels-last', 'amp', 'eager', 'fp32',"
+            " 't4'",
         ),
         ("run --mode fast", "'fast' is not one of 'e2e', 'compute', 'loader'"),
         ("run --seed x", "--seed"),

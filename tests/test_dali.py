@@ -45,32 +45,49 @@ def photographs(tmp_path: Path) -> list[Path]:
     return files
 
 
+def stream(monkeypatch: pytest.MonkeyPatch, super_batch: int) -> None:
+    """No set stays on the device from now on; super-batches are of so many images at most."""
+    monkeypatch.setattr(dali, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(dali, "SUPER_BATCH_IMAGES", super_batch)
+
+
 @pytest.mark.parametrize("train", [True, False])
-def test_the_size_of_super_batches_changes_nothing_but_speed(
+def test_neither_residence_nor_the_size_of_super_batches_changes_anything_but_speed(
     noise: np.ndarray, monkeypatch: pytest.MonkeyPatch, train: bool
 ) -> None:
     preprocess = Preprocess(mean=PLAIN.mean, std=PLAIN.std, crop_padding=2, flip=True)
-    one = arrays(noise, preprocess, train=train)
-    monkeypatch.setattr(dali, "SUPER_BATCH_IMAGES", 20)
-    several = arrays(noise, preprocess, train=train)
+    loaders = [arrays(noise, preprocess, train=train)]
+    monkeypatch.setattr(dali, "SUPER_BATCH_IMAGES", 20)  # of a set that stays: it is brought in three parts
+    loaders.append(arrays(noise, preprocess, train=train))
+    for super_batch in (1_000, 20):
+        stream(monkeypatch, super_batch)
+        loaders.append(arrays(noise, preprocess, train=train))
     for _ in range(3):
-        for a, b in zip(one.epoch(), several.epoch(), strict=True):
-            assert torch.equal(a.images, b.images)
-            assert torch.equal(a.labels, b.labels)
-            assert a.valid == b.valid
+        for first, *others in zip(*(loader.epoch() for loader in loaders), strict=True):
+            for other in others:
+                assert torch.equal(first.images, other.images)
+                assert torch.equal(first.labels, other.labels)
+                assert first.valid == other.valid
+
+
+def test_a_set_stays_on_the_device_up_to_a_bound(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dali, "RESIDENT_BYTES", noise.nbytes)
+    assert dali.is_resident(noise)
+    assert not dali.is_resident(np.repeat(noise, 2, axis=0))
 
 
 def test_super_batches_are_bounded_in_bytes_and_evenly_filled(
     noise: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    original = dali._super_batches
+    original = dali._orders
 
     def spy(*arguments, size: int, **options):
         sizes.append(size)
         return original(*arguments, size=size, **options)
 
-    monkeypatch.setattr(dali, "_super_batches", spy)
+    stream(monkeypatch, 1_000)
+    monkeypatch.setattr(dali, "_orders", spy)
     monkeypatch.setattr(dali, "SUPER_BATCH_BYTES", 45 * noise[0].nbytes)
     arrays(noise).close()  # 12 batches of 4; at most 11 fit: 6 and 6 rather than 11 and 1
     arrays(noise, batch_size=50).close()  # a batch beyond the bound is a super-batch of its own
@@ -111,7 +128,7 @@ def test_crops_and_flips_are_those_of_the_padded_image_and_vary(noise: np.ndarra
 
 
 def test_an_overtaken_epoch_cannot_go_on(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali, "SUPER_BATCH_IMAGES", 4)
+    stream(monkeypatch, 4)
     loader = arrays(noise)
     first = loader.epoch()
     next(first)
@@ -216,10 +233,12 @@ def test_real_faces_decode_to_one_array(data_root: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("resident", [True, False])
 def test_gpu_brings_the_batches_of_the_cpu(
-    noise: np.ndarray, photographs: list[Path], monkeypatch: pytest.MonkeyPatch
+    noise: np.ndarray, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, resident: bool
 ) -> None:
-    monkeypatch.setattr(dali, "SUPER_BATCH_IMAGES", 20)
+    if not resident:
+        stream(monkeypatch, 20)
     gpu = torch.device("cuda")
     moved = Preprocess(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), crop_padding=2, flip=True)
     warped = Preprocess(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), image_size=16, shear_deg=15, zoom=0.3, flip=True)
@@ -238,7 +257,7 @@ def test_gpu_brings_the_batches_of_the_cpu(
 
 @pytest.mark.gpu
 def test_gpu_copies_do_not_overtake_a_busy_stream(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali, "SUPER_BATCH_IMAGES", 4)  # an iteration a batch: buffers are used again and again
+    stream(monkeypatch, 4)  # an iteration a batch: buffers are used again and again
     loader = arrays(noise, device=torch.device("cuda"), train=False)
     kept = []
     for _ in range(20):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from itertools import product
 
 import pytest
@@ -19,13 +20,13 @@ from netdyno.kernels.few_channels import (
     conv_kernel,
     conv_reference,
     conv_triton,
-    turned,
+    unpacked,
     weight_gradient_kernel,
     weight_gradient_triton,
 )
 
 # B, I, O, H, W: the autoencoder's layers and first layers, and what is odd
-SHAPES = [(3, 3, 8, 12, 13), (2, 8, 4, 14, 14), (2, 1, 5, 5, 40), (1, 3, 1, 3, 3), (1, 16, 16, 6, 6)]
+SHAPES = [(3, 3, 8, 12, 13), (2, 8, 4, 14, 14), (2, 1, 5, 5, 40), (1, 3, 1, 3, 3), (1, 8, 8, 6, 6)]
 LARGE = [(40, 3, 8, 32, 32), (40, 8, 4, 30, 30), (300, 4, 8, 28, 28), (40, 8, 3, 30, 30)]
 # Of the largest value: rounding of the result, and of sums in fp32.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -51,8 +52,9 @@ def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error <= tolerance * max(1.0, expected.double().abs().max().item()), error
 
 
-def compare_kernels_with_float64(device: str, shapes: list[tuple[int, ...]]) -> None:
-    for n, (shape, dtype, padding) in enumerate(product(shapes, TOLERANCE, (0, 1, 2))):
+def compare_kernels_with_float64(device: str, cases: Iterable[tuple[tuple[int, ...], torch.dtype, int]]) -> None:
+    """`cases`: shape, type and padding."""
+    for n, (shape, dtype, padding) in enumerate(cases):
         channels_last, relu = n % 2 == 0, n % 5 < 3
         images, weight, bias = case(shape, dtype, channels_last, device)
         exact = [tensor.double().requires_grad_() for tensor in (images, weight, bias)]
@@ -66,10 +68,12 @@ def compare_kernels_with_float64(device: str, shapes: list[tuple[int, ...]]) -> 
         # the mask is the kernel's: at a rounded zero it may differ from the exact one
         passed = gradient.double() if mask is None else gradient.double() * (mask > 0)
         F.conv2d(*exact, padding=padding).backward(passed)
-        weights, biases = weight_gradient_triton(images, gradient, mask, padding)
+        weights, biases = unpacked(weight_gradient_triton(images, gradient, mask, padding))
         close(weights, exact[1].grad, 1e-5)
         close(biases, exact[2].grad, 1e-5)
-        behind = conv_triton(gradient, turned(weight), None, 2 - padding, False, mask)
+        if n % 3 == 0:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        behind = conv_triton(gradient, weight, None, 2 - padding, False, mask, transposed=True)
         close(behind, exact[0].grad, TOLERANCE[dtype])
 
 
@@ -85,7 +89,9 @@ def test_kernels_equal_float64_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 def test_kernels_equal_float64_on_the_gpu() -> None:
-    compare_kernels_with_float64("cuda", SHAPES + LARGE)
+    """Each shape in every type, but at one padding: every combination is a kernel to be compiled."""
+    cases = [(shape, dtype, n % 3) for n, (shape, dtype) in enumerate(product(SHAPES + LARGE, TOLERANCE))]
+    compare_kernels_with_float64("cuda", cases)
 
 
 @pytest.mark.gpu
@@ -110,16 +116,18 @@ def test_one_output_channel_has_gradients_of_its_own() -> None:
 
 @pytest.mark.gpu
 def test_gradients_through_torch_compile() -> None:
-    """A chain of two, as networks use it: the first with images that need no gradient."""
+    """A chain of two, as networks use it: the first with images that need no gradient, the second transposed."""
     images, weight, bias = case(SHAPES[0], torch.float32, True, "cuda")
-    second, other = torch.randn(4, 8, 3, 3, device="cuda"), torch.randn(4, device="cuda")
+    second, other = torch.randn(8, 4, 3, 3, device="cuda"), torch.randn(4, device="cuda")
 
-    def chain(function, *parameters: Tensor) -> Tensor:
-        w1, b1, w2, b2 = parameters
-        return function(function(images, w1, b1, 0, True), w2, b2, 2, False).square().mean()
+    def chain(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return conv(conv(images, w1, b1, 0, True), w2, b2, 1, False, transposed=True).square().mean()
+
+    def reference(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.conv_transpose2d(F.conv2d(images, w1, b1).relu(), w2, b2, padding=1).square().mean()
 
     found = []
-    for run in (lambda *p: chain(conv_reference, *p), torch.compile(lambda *p: chain(conv, *p), fullgraph=True)):
+    for run in (reference, torch.compile(chain, fullgraph=True)):
         parameters = [tensor.clone().requires_grad_() for tensor in (weight, bias, second, other)]
         loss = run(*parameters)
         loss.backward()
@@ -128,14 +136,16 @@ def test_gradients_through_torch_compile() -> None:
         close(got, expected, 1e-3)  # cuDNN's may be TF32
 
 
-def test_a_transposed_convolution_is_one_of_turned_weights() -> None:
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_a_transposed_convolution_is_one_of_turned_weights(padding: int) -> None:
     images, weight, bias = torch.randn(2, 4, 6, 6), torch.randn(4, 8, 3, 3), torch.randn(8)
-    expected = F.conv_transpose2d(images, weight, bias)
-    torch.testing.assert_close(conv(images, turned(weight), bias, 2, False), expected, atol=1e-5, rtol=1e-5)
+    expected = F.conv_transpose2d(images, weight, bias, padding=padding)
+    found = conv(images, weight, bias, padding, False, transposed=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_shapes_that_the_kernels_do_not_take() -> None:
-    for weight, padding in [(torch.ones(2, 2, 5, 5), 0), (torch.ones(2, 2, 3, 3), 3), (torch.ones(17, 2, 3, 3), 0)]:
+    for weight, padding in [(torch.ones(2, 2, 5, 5), 0), (torch.ones(2, 2, 3, 3), 3), (torch.ones(9, 2, 3, 3), 0)]:
         with pytest.raises(ValueError, match="channels at most"):
             conv(torch.ones(1, 2, 8, 8), weight, torch.ones(len(weight)), padding, False)
     with pytest.raises(ValueError, match="images of 3 channels, but weights for 5"):
@@ -147,7 +157,7 @@ def test_shapes_that_the_kernels_do_not_take() -> None:
 def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel) -> None:
     values = {"INPUTS": 8, "OUTPUTS": 4, "WIDE": 4, "PADDING": 0, "MASKED": True}
     if kernel is conv_kernel:
-        values |= {"BIASED": True, "RELU": True, "BLOCK": few_channels.BLOCK}
+        values |= {"BIASED": True, "RELU": True, "MIRRORED": False, "BLOCK": few_channels.BLOCK}
     else:
         values |= {"TASKS": 8, "BLOCK": few_channels.BLOCK_OF_GRADIENT}
     pointers = {"images": dtype, "mask": dtype, "gradient": dtype, "out": dtype}
@@ -163,5 +173,5 @@ def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel) -> N
 
 
 if __name__ == "__main__":
-    compare_kernels_with_float64("cpu", SHAPES)
+    compare_kernels_with_float64("cpu", product(SHAPES, TOLERANCE, (0, 1, 2)))
     print("equal")

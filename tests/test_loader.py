@@ -160,9 +160,14 @@ def test_batches_come_into_given_memory(build: Build, train: bool) -> None:
     loader.close()
 
 
-@pytest.mark.parametrize(("at_once", "super_batch"), [(2, 16), (2, 17), (2, 1_000), (3, 24), (3, 1), (5, 40), (5, 100)])
+@pytest.mark.parametrize(
+    ("at_once", "super_batch"), [(2, 16), (2, 17), (2, 1_000), (3, 24), (3, 1), (5, 40), (5, 100), (3, 0)]
+)
 def test_several_batches_come_at_once(at_once: int, super_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same rows as one by one, in the same order; the fewer at the end of an epoch in the first rows."""
+    """The same rows as one by one, in the same order; the fewer at the end of an epoch in the first rows.
+
+    A super-batch of 0 images stands for a set that stays on the device.
+    """
     images = np.random.default_rng(0).integers(0, 256, (N, 12, 12, 1), np.uint8)
     loader = partial(
         dali.array_loader,
@@ -176,7 +181,8 @@ def test_several_batches_come_at_once(at_once: int, super_batch: int, monkeypatc
         dtype=torch.float32,
     )
     apart = epochs(loader(), 2)
-    monkeypatch.setattr(dali, "SUPER_BATCH_IMAGES", super_batch)
+    monkeypatch.setattr(dali, "RESIDENT_BYTES", images.nbytes - (super_batch > 0))
+    monkeypatch.setattr(dali, "SUPER_BATCH_IMAGES", super_batch or 1_000)
     into = place(at_once)
     together = loader(into=into)
     assert (together.batches_per_epoch, together.batches_at_once) == (5, at_once)

@@ -432,7 +432,7 @@ def test_tabs_without_data_say_what_they_need() -> None:
     made = one(gpu=None, roofline=None, accuracy=None, memory=None)
     tabs = {tab.id: tab for tab in page_of([made]).tabs}
     assert [name for name, tab in tabs.items() if tab.views] == ["overview", "speed", "environment", "records"]
-    assert tabs["ladder"].needs.startswith("two of the tunings eager, fp32 and tuned")
+    assert tabs["ladder"].needs.startswith("two rungs of the ladder")
     assert {name for name, tab in tabs.items() if not tab.views and not tab.needs} == set()
     assert not {"pictures", "failures"} & set(tabs)  # nobody misses these
 

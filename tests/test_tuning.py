@@ -56,8 +56,15 @@ def test_each_rung_of_the_ladder_is_the_one_below_and_one_thing_more(capability:
         for below, above in pairwise(TUNINGS[name](capability) for name in LADDER)
     ]
     captured = {"capture"} if capability else set()
-    assert steps == [{"precision"}, {"channels_last"}, {"compile", "fused_optimizer"}, {"loader"}, captured]
-    assert (LADDER[0], LADDER[-1]) == ("eager", "tuned")
+    assert steps == [
+        {"precision"},
+        {"channels_last"},
+        {"compile", "fused_optimizer"},
+        {"loader"},
+        captured,
+        {"kernels"},
+    ]
+    assert (LADDER[0], LADDER[-2:]) == ("eager", ("tuned", "kernels"))
 
 
 def test_fp32_is_tuned_but_for_its_precision() -> None:
@@ -66,6 +73,6 @@ def test_fp32_is_tuned_but_for_its_precision() -> None:
 
 
 def test_tunings_are_listed_under_their_names() -> None:
-    assert list(TUNINGS) == ["tuned", "dali", "compiled", "channels-last", "amp", "eager", "fp32", "t4"]
+    assert list(TUNINGS) == ["tuned", "kernels", "dali", "compiled", "channels-last", "amp", "eager", "fp32", "t4"]
     for name, make in TUNINGS.items():
         assert make((9, 0)).name == name

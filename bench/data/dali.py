@@ -1,12 +1,15 @@
 """NVIDIA DALI pipelines, on a GPU or, with the same results but for rounding, on the CPU.
 
-Array sets (MNIST, CIFAR, faces): DALI handles a *super-batch*, some 16k images, as one sample, because at 32×32 its
-cost a sample is what counts: 65–236 k images/s image by image, 160–360 µs an iteration by super-batch (H200). A thread
-gathers the rows of the next super-batch while DALI copies one and the network trains on another; `kernels.augment` then
-makes each batch in one pass. JPEG sets: DALI decodes, resizes and warps image by image, one batch an iteration.
+Array sets (MNIST, CIFAR, faces): DALI handles a *super-batch* as one sample, because at 32×32 its cost a sample is what
+counts: 65–236 k images/s image by image, 160–360 µs an iteration by super-batch (H200). A set of up to `RESIDENT_BYTES`
+is brought to the device once and stays there; a super-batch is then an epoch's row numbers, shifts and flips. Of a
+larger set a super-batch is some 16k images: a thread gathers the rows of the next one while DALI copies one and the
+network trains on another. `kernels.augment` makes each batch in one pass. JPEG sets: DALI decodes, resizes and warps
+image by image, one batch an iteration.
 
 Everything random is drawn on the host from a generator keyed by (seed, epoch) and travels with the images, so that an
-epoch is the same on every device. Iterations follow each other without end; prefetching crosses the border of epochs.
+epoch is the same on every device. Iterations follow each other without end. The next one is taken from DALI while the
+device is busy with the first batch of this one, also across the border of epochs, so that no epoch begins with a wait.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+RESIDENT_BYTES = 1 << 30  # a sixteenth of a T4's memory
 SUPER_BATCH_IMAGES = 16_384
 SUPER_BATCH_BYTES = 64 << 20  # two or three of them are on the device at a time: DALI's queue and the one in use
 STEPS_AT_ONCE = 32  # of a captured step, at most …
@@ -63,33 +67,36 @@ def array_loader(
     check_array_set(images, preprocess)
     batches, images_per_epoch = count_epoch(len(images), batch_size, train=train)
     at_once = 1 if into is None else into.batches
-    parts = -(-batches // at_once)
-    batches_per_run = at_once * _spread(parts, _super_batch(images) // (at_once * batch_size))
+    resident = is_resident(images)
+    batches_per_run = batches
+    if not resident:
+        parts = -(-batches // at_once)
+        batches_per_run = at_once * _spread(parts, _super_batch(images) // (at_once * batch_size))
 
-    source = _ahead(
-        _super_batches(
-            np.ascontiguousarray(images),  # of a strided view np.take would make this copy at every call
-            labels_or_zeros(labels, len(images)),
-            count=images_per_epoch,
-            size=batches_per_run * batch_size,
-            preprocess=preprocess if train else _unmoved(preprocess),
-            seed=seed,
-            shuffle=train,
-        )
+    known = labels_or_zeros(labels, len(images))
+    orders: Iterator[tuple[np.ndarray, ...]] = _orders(
+        len(images),
+        count=images_per_epoch,
+        size=batches_per_run * batch_size,
+        preprocess=preprocess if train else _unmoved(preprocess),
+        seed=seed,
+        shuffle=train,
     )
     dali, fn, types = import_dali()
+    dtypes, ndims = [types.INT64, types.INT32, types.UINT8], [1, 2, 1]
+    if not resident:
+        # of a strided view np.take would make this copy at every call
+        orders = _gathered(orders, np.ascontiguousarray(images), known)
+        dtypes, ndims = [types.UINT8, *dtypes], [4, *ndims]
+    source = _ahead(orders)
     pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=_device_id(device), prefetch_queue_depth=2)
     with pipeline:
-        outputs = fn.external_source(
-            source,
-            num_outputs=4,
-            dtype=[types.UINT8, types.INT64, types.INT32, types.UINT8],
-            ndim=[4, 1, 2, 1],
-        )
+        outputs = fn.external_source(source, num_outputs=len(dtypes), dtype=dtypes, ndim=ndims)
         pipeline.set_outputs(*(_to_device(output, device) for output in outputs))
     return _DaliLoader(
         pipeline,
         source,
+        stored=_Stored(_bring(images, device), torch.tensor(known, device=device)) if resident else None,
         images_per_epoch=images_per_epoch,
         batches_per_epoch=batches,
         batches_per_run=batches_per_run,
@@ -100,6 +107,11 @@ def array_loader(
         channels_last=channels_last,
         into=into,
     )
+
+
+def is_resident(images: np.ndarray) -> bool:
+    """Whether a set stays on the device."""
+    return images.nbytes <= RESIDENT_BYTES
 
 
 def batches_at_once(images: np.ndarray, batch_size: int) -> int:
@@ -209,11 +221,19 @@ def decode(files: Sequence[Path], device: torch.device) -> np.ndarray:
     return images
 
 
+class _Stored(NamedTuple):
+    """A set on the device."""
+
+    images: Tensor  # uint8 [N, H, W, C]
+    labels: Tensor  # int64 [N]
+
+
 class _DaliLoader:
     """A `Loader` over a pipeline that brings S = batches_per_run · batch_size rows an iteration, for ever.
 
-    Outputs of the pipeline: images uint8 [S, H, W, C] and labels int64 [S] of JPEG `files`; without files a
-    super-batch, which is one sample and so has a leading 1, and beside it shift int32 [1, S, 2] and flip uint8 [1, S].
+    Outputs of the pipeline for JPEG `files`: images uint8 [S, H, W, C] and labels int64 [S]. For arrays a super-batch,
+    which is one sample and so has a leading 1: images as above, unless they are `stored`, then int64 [1, S], row
+    numbers of stored images or else labels, shift int32 [1, S, 2] and flip uint8 [1, S].
     """
 
     def __init__(
@@ -230,6 +250,7 @@ class _DaliLoader:
         dtype: torch.dtype,
         channels_last: bool,
         into: Batch | None,
+        stored: _Stored | None = None,
         files: Sequence[Path] | None = None,
     ) -> None:
         self.images_per_epoch = images_per_epoch
@@ -247,9 +268,11 @@ class _DaliLoader:
         self._dtype = dtype
         self._channels_last = channels_last
         self._into = into
+        self._stored = stored
         self._files = files
         self._next_epoch = 0
         self._next_run = 0
+        self._latest: list[Tensor] = []  # the outputs of the run before the next one
         self._index = torch.arange(batches_per_run * batch_size, device=device)
         self._no_moves = (
             torch.zeros(len(self._index), 2, dtype=torch.int32, device=device),
@@ -263,12 +286,12 @@ class _DaliLoader:
 
     def close(self) -> None:
         self._pipeline = None  # the last reference: DALI's threads end
+        self._latest = []
         self._end_source()
 
     def _batches(self, first_run: int) -> Iterator[Batch]:
         for run in range(self._runs_per_epoch):
-            images, labels, *moves = self._fetch(first_run + run)
-            shift, flip = moves or self._no_moves
+            images, labels, index, shift, flip = self._super_batch(self._outputs(first_run + run))
             first_batch = run * self._batches_per_run
             batches = min(self._batches_per_run, self.batches_per_epoch - first_batch)
             for k in range(0, batches, self.batches_at_once):
@@ -277,7 +300,7 @@ class _DaliLoader:
                 place = None if self._into is None else self._into.first(at_once)
                 batch = augment(
                     images,
-                    self._index[rows],
+                    index[rows],
                     shift[rows],
                     flip[rows],
                     self._preprocess.mean,
@@ -287,24 +310,42 @@ class _DaliLoader:
                 )
                 yield Batch(
                     images=batch if self._channels_last else batch.contiguous(),
-                    labels=labels[rows] if place is None else place.labels.copy_(labels[rows]),
+                    labels=torch.index_select(labels, 0, index[rows], out=None if place is None else place.labels),
                     valid=min(len(batch), self.images_per_epoch - (first_batch + k) * self._batch_size),
                     batches=at_once,
                 )
+                if k == 0:  # the device is busy with what was just handed over
+                    self._advance()
 
-    def _fetch(self, wanted: int) -> list[Tensor]:
-        """The outputs of iteration `wanted`, as tensors of our own."""
+    def _super_batch(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """images and labels, and of each row of the super-batch its index in them, shift and flip."""
+        if self._files is not None:
+            images, labels = outputs
+            return images, labels, self._index, *self._no_moves
+        if self._stored is not None:
+            index, shift, flip = outputs
+            return self._stored.images, self._stored.labels, index, shift, flip
+        images, labels, shift, flip = outputs
+        return images, labels, self._index, shift, flip
+
+    def _outputs(self, wanted: int) -> list[Tensor]:
+        """The outputs of iteration `wanted`."""
+        while self._next_run <= wanted:  # more than once where an epoch was left half-way
+            self._advance()
         if self._pipeline is None:
             raise RuntimeError("this loader is closed")
-        if self._next_run > wanted:
+        if self._next_run > wanted + 1:
             raise RuntimeError("an epoch cannot go on after a later one has begun")
-        # Bound to torch's stream, outputs are neither waited for by the host nor reused by DALI before they are copied.
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        while True:
-            outputs = _run(self._pipeline, stream, self._files or ())
-            self._next_run += 1
-            if self._next_run > wanted:  # else the rest of an epoch that was left half-way
-                return [self._copy(output.as_tensor(), stream) for output in outputs]
+        return self._latest
+
+    def _advance(self) -> None:
+        """Takes the next iteration from DALI, as tensors of our own."""
+        if self._pipeline is None:
+            raise RuntimeError("this loader is closed")
+        stream = _stream(self._device)
+        outputs = _run(self._pipeline, stream, self._files or ())
+        self._latest = [self._copy(output.as_tensor(), stream) for output in outputs]
+        self._next_run += 1
 
     def _copy(self, output: Any, stream: torch.cuda.Stream | None) -> Tensor:
         from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
@@ -314,28 +355,49 @@ class _DaliLoader:
         return tensor.flatten(0, 1) if self._files is None else tensor
 
 
-def _super_batches(
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    count: int,
-    size: int,
-    preprocess: Preprocess,
-    seed: int,
-    shuffle: bool,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Epoch after epoch, (images, labels, shift, flip) of `size` rows, each with the leading 1 of a DALI batch of one.
+def _orders(
+    images: int, *, count: int, size: int, preprocess: Preprocess, seed: int, shuffle: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Epoch after epoch, (row numbers, shift, flip) of `size` rows, each with the leading 1 of a DALI batch of one.
 
-    `count` images an epoch, then padding to whole super-batches.
+    `count` of all `images` an epoch, then padding to whole super-batches.
     """
     for epoch in itertools.count():
         draw = np.random.default_rng((seed, epoch))
-        rows = draw.permutation(len(images)) if shuffle else np.arange(len(images))
+        rows = draw.permutation(images) if shuffle else np.arange(images)
         pad = preprocess.crop_padding
         shift = draw.integers(-pad, pad, (count, 2), np.int32, endpoint=True)
         flip = draw.integers(0, int(preprocess.flip), count, np.uint8, endpoint=True)
         for part in _parts(count, size):
-            yield images.take(rows[part], axis=0)[None], labels[rows[part]][None], shift[part][None], flip[part][None]
+            yield rows[part][None], shift[part][None], flip[part][None]
+
+
+def _gathered(
+    orders: Iterator[tuple[np.ndarray, ...]], images: np.ndarray, labels: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """(images, labels, shift, flip) of each order."""
+    for rows, shift, flip in orders:
+        yield images.take(rows, axis=0), labels[rows], shift, flip
+
+
+def _bring(images: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of `images` on the device, brought by DALI in super-batches."""
+    dali, fn, types = import_dali()
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    brought = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    parts = brought.split(_super_batch(images))
+    starts = itertools.accumulate((len(part) for part in parts), initial=0)
+    pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=_device_id(device), prefetch_queue_depth=2)
+    with pipeline:
+        source = (
+            np.ascontiguousarray(images[at : at + len(part)])[None] for at, part in zip(starts, parts, strict=False)
+        )
+        pipeline.set_outputs(_to_device(fn.external_source(source, dtype=types.UINT8, ndim=4), device))
+    for part in parts:
+        (output,) = _run(pipeline, _stream(device), ())
+        feed_ndarray(output.as_tensor(), part[None], cuda_stream=_stream(device))
+    return brought
 
 
 def _jpeg_batches(
@@ -428,6 +490,11 @@ def _decoder(fn: ModuleType, types: ModuleType, encoded: Any, device: torch.devi
         return fn.decoders.image(encoded, device="cpu", **options)
     # All to the hardware decoder where there is one (elsewhere the load is ignored): the other cores are for training.
     return fn.decoders.image(encoded, device="mixed", hw_decoder_load=1.0, **options)
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that DALI binds outputs to: the host need not wait, nor is an output reused before it is copied."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _run(pipeline: Any, stream: torch.cuda.Stream | None, files: Sequence[Path]) -> tuple[Any, ...]:

@@ -9,13 +9,13 @@ from itertools import pairwise
 from ..stats import median
 from ..summary import at, clean
 from ..table import MISSING, Notes, figure, fixed
+from ..tuning import LADDER
 from .blocks import Block, Cell, Chart, Series, Table, Text, any_number, number
 from .book import Book, Entry, Panel, differences, interval
 from .points import FAR_APART, Point, by_machine, left_out
 
 MOST_LINES = 12  # drawn from the start; the others are switched on in the legend
 MOST_EPOCHS = 200  # points of one curve
-NO_RUNG = {"t4"}  # tunings that follow another card's policy instead of adding to the one before
 MEDIANS = (
     "Medians of fresh processes. Intervals are of the median: 95 % from six records on, the range of three to five."
 )
@@ -331,7 +331,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def ladder(book: Book, panels: Sequence[Panel]) -> list[Block]:
-    """From eager to tuned, what each tuning adds; a chart for each machine with at least two of them."""
+    """From eager up, what each rung adds; a chart for each machine with at least two of them."""
     charts: list[Block] = []
     for panel in panels:
         for slug, machine in book.machines.items():
@@ -363,8 +363,8 @@ def ladder(book: Book, panels: Sequence[Panel]) -> list[Block]:
 
 
 def _rungs(entries: Sequence[Entry]) -> list[Entry]:
-    """One entry a tuning, of tuned's recipe where there is one: eager first, tuned last, the others by their speed."""
-    ran = [entry for entry in entries if entry.row.images_per_s and entry.tuning not in NO_RUNG]
+    """One entry a rung, of tuned's recipe where there is one, from the lowest up."""
+    ran = [entry for entry in entries if entry.row.images_per_s and entry.tuning in LADDER]
     tuned = max((entry for entry in ran if entry.tuning == "tuned"), key=_age, default=None)
     best: dict[str, Entry] = {}
     for entry in sorted(ran, key=_age):
@@ -372,10 +372,7 @@ def _rungs(entries: Sequence[Entry]) -> list[Entry]:
         if kept is None or tuned is None or entry.row.recipe == tuned.row.recipe or kept.row.recipe != tuned.row.recipe:
             best[entry.tuning] = entry
 
-    def place(entry: Entry) -> tuple:
-        return entry.tuning == "tuned", entry.tuning != "eager", entry.row.images_per_s
-
-    return sorted(best.values(), key=place)
+    return [best[tuning] for tuning in LADDER if tuning in best]
 
 
 # History

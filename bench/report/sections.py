@@ -17,7 +17,7 @@ Section = Callable[[Book, Sequence[Panel]], list[Block]]
 
 # What a tab needs to show anything
 ENERGY = "the energy of a GPU, or a table of prices: --prices"
-RUNGS = "two of the tunings eager, fp32 and tuned on one machine, under one timing version"
+RUNGS = "two rungs of the ladder, such as eager and tuned, on one machine, under one timing version"
 COUNTED_WORK = (
     "records that count their work, as netdyno run now writes them, and for ceilings netdyno doctor before it"
 )

@@ -1,0 +1,83 @@
+"""Kernels in networks: which layers they take, and that a network computes and learns the same with them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from netdyno.bench.fuse import ConvolutionAndMore, fuse
+from netdyno.models.cifar10_cnn import Cifar10Cnn
+from netdyno.models.cifar100_cnn import Cifar100Cnn
+from netdyno.models.conv_autoencoder import ConvAutoencoder
+from netdyno.models.dcgan import Dcgan
+from netdyno.models.mnist_cnn import MnistCnn
+from netdyno.models.resnet50_transfer import ResNet50Transfer
+
+NETWORKS = [
+    (MnistCnn, (1, 28, 28), [0, 5]),
+    (Cifar10Cnn, (3, 32, 32), [0, 2, 7, 12]),
+    (Cifar100Cnn, (3, 32, 32), [0, 2, 8, 14]),
+    (ConvAutoencoder, (3, 32, 32), [0, 2, 4, 6]),
+]
+
+
+def fused_places(network: nn.Module) -> list[int]:
+    return [int(name.split(".")[-1]) for name, module in network.named_modules() if type(module) is ConvolutionAndMore]
+
+
+@pytest.mark.parametrize(("make", "shape", "places"), NETWORKS)
+def test_a_fused_network_computes_and_learns_the_same(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], places: list[int]
+) -> None:
+    torch.manual_seed(0)
+    network = make().double().to(memory_format=torch.channels_last)
+    images = torch.rand(3, *shape, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    found = []
+    for fused in (False, True):
+        if fused:
+            before = {name: parameter for name, parameter in network.named_parameters()}
+            fuse(network)
+            assert fused_places(network) == places
+            after = dict(network.named_parameters())
+            assert list(after) == list(before)
+            assert all(after[name] is parameter for name, parameter in before.items())
+        network.zero_grad()
+        torch.manual_seed(1)  # dropout
+        out = network(images)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)).sum().backward()
+        found.append([out.detach(), *(parameter.grad for parameter in network.parameters())])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("make", [Dcgan, lambda: ResNet50Transfer(5, None)])
+def test_networks_without_such_layers_stay_as_they_are(make: Callable[[], nn.Module]) -> None:
+    network = make()
+    before = list(network.modules())
+    fuse(network)
+    assert list(network.modules()) == before
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(3, 32, 3), nn.Tanh(), nn.MaxPool2d(2)],
+        [nn.Conv2d(3, 32, 3), nn.ELU(alpha=0.5), nn.MaxPool2d(2)],
+        [nn.Conv2d(3, 32, 3, stride=2), nn.ReLU(), nn.MaxPool2d(2)],
+        [nn.Conv2d(3, 32, 3, padding="same"), nn.ReLU(), nn.MaxPool2d(2)],
+        [nn.Conv2d(3, 32, 3, padding_mode="reflect", padding=1), nn.ReLU(), nn.MaxPool2d(2)],
+        [nn.Conv2d(3, 33, 3, groups=3), nn.ReLU(), nn.MaxPool2d(2)],
+        [nn.Conv2d(3, 32, 3, bias=False), nn.ReLU(), nn.MaxPool2d(2)],
+        [nn.Conv2d(32, 32, 3), nn.ReLU(), nn.MaxPool2d(3)],
+        [nn.Conv2d(32, 32, 3), nn.ReLU(), nn.MaxPool2d(2, stride=1)],
+        [nn.ConvTranspose2d(32, 32, 3), nn.ReLU(), nn.MaxPool2d(2)],
+        [nn.ConvTranspose2d(4, 8, 3, stride=2, output_padding=1), nn.ReLU()],
+        [nn.Conv2d(32, 32, 3), nn.ReLU()],
+        [nn.Linear(3, 3), nn.ReLU()],
+    ],
+)
+def test_what_no_kernel_does_is_left_alone(layers: list[nn.Module]) -> None:
+    network = nn.Sequential(*layers)
+    fuse(network)
+    assert list(network) == layers
