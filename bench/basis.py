@@ -15,42 +15,74 @@ COSINES = torch.tensor([[2**0.5, 2**0.5, 2**0.5], [3**0.5, 0.0, -(3**0.5)], [1.0
 
 
 def frequencies(channels: int) -> Tensor:
-    """The orthogonal matrix [9 · channels, 9 · channels] whose columns are the axes, for filters over `channels`."""
+    """The orthogonal matrix [9 · channels, 9 · channels] whose columns are the axes, for one channel or three."""
     colours = COSINES if channels == 3 else torch.eye(channels)
     return torch.kron(colours, torch.kron(COSINES, COSINES)).T.contiguous()
 
 
 class Coordinates:
-    """Parameters for an optimizer, `trained`: 3×3 filters [M, channels, 3, 3] by their frequencies, others themselves.
+    """Parameters for an optimizer, `trained`: all 3×3 filters by their frequencies, in one tensor, others themselves.
 
-    After each backward pass `take_gradients`, after each update `write_back`.
+    After each backward pass `take_gradients`, after each update `write_back`. A filter's coordinates lie where its taps
+    do, one filter behind the other, channels last. Each is a sum over the taps of its block, the 9 of one channel or
+    the 27 of three, and so back, so that all filters take a handful of kernels together.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        filters = [weight for weight in parameters if weight.shape[2:] == (3, 3)]
-        others = [weight for weight in parameters if weight.shape[2:] != (3, 3)]
-        axes = [frequencies(weight.shape[1]).to(weight.device) for weight in filters]
-        values = [nn.Parameter(weight.new_empty(len(weight), len(q))) for weight, q in zip(filters, axes, strict=True)]
-        self._filters = list(zip(filters, values, axes, strict=True))
-        self.trained = [*values, *others]
+        self._filters = [weight for weight in parameters if weight.shape[2:] == (3, 3)]
+        count = sum(weight.numel() for weight in self._filters)
+        widest = max((9 * _channels(weight) for weight in self._filters), default=9)
+        block = torch.zeros(count, widest, dtype=torch.int64)  # for each coordinate the places of its block
+        there = torch.zeros(count, widest)
+        back = torch.zeros(count, widest)
+        start = 0
+        for weight in self._filters:
+            places = (start + torch.arange(weight.numel())).view(_last(weight).shape).permute(0, 3, 1, 2)
+            axes = frequencies(_channels(weight))
+            blocks = places.reshape(-1, len(axes))
+            block[blocks, : len(axes)] = blocks[:, None, :]
+            there[blocks, : len(axes)] = axes.T
+            back[blocks, : len(axes)] = axes
+            start += weight.numel()
+        device = parameters[0].device
+        self._block, self._there, self._back = (table.to(device) for table in (block, there, back))
+        self._values = nn.Parameter(torch.empty(count, device=device))
+        self.trained = [self._values, *(weight for weight in parameters if weight.shape[2:] != (3, 3))]
         self.read()
 
     @torch.no_grad()
     def read(self) -> None:
         """The coordinates of what the filters are now."""
-        for weight, value, axes in self._filters:
-            value.copy_(weight.flatten(1) @ axes)
+        self._values.copy_(self._sums(_flat(self._filters), self._there))
 
     @torch.no_grad()
     def take_gradients(self) -> None:
         """Hands the filters' gradients to their coordinates."""
-        for weight, value, axes in self._filters:
-            assert weight.grad is not None
-            value.grad = weight.grad.flatten(1) @ axes
+        gradients = [weight.grad for weight in self._filters if weight.grad is not None]
+        assert len(gradients) == len(self._filters)
+        self._values.grad = self._sums(_flat(gradients), self._there)
+        for weight in self._filters:
             weight.grad = None
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Sets the filters to what their coordinates are now."""
-        for weight, value, axes in self._filters:
-            weight.copy_((value @ axes.T).view(weight.shape))
+        taps = self._sums(self._values, self._back).split([weight.numel() for weight in self._filters])
+        filters = [_last(weight) for weight in self._filters]
+        torch._foreach_copy_(filters, [new.view(old.shape) for old, new in zip(filters, taps, strict=True)])
+
+    def _sums(self, values: Tensor, factors: Tensor) -> Tensor:
+        return (values[self._block] * factors).sum(1)
+
+
+def _channels(weight: Tensor) -> int:
+    """Channels whose taps are transformed together."""
+    return 3 if weight.shape[1] == 3 else 1
+
+
+def _last(weight: Tensor) -> Tensor:
+    return weight.permute(0, 2, 3, 1)
+
+
+def _flat(weights: list[Tensor] | list[nn.Parameter]) -> Tensor:
+    return torch.cat([_last(weight).flatten() for weight in weights])
