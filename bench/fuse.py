@@ -1,7 +1,7 @@
-"""Puts the kernels into a network: what follows a convolution is done with it, as one operation."""
+"""Puts the kernels into a network, in place of its own layers where a kernel does their work."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from functools import partial
 from typing import TypeGuard
 
 import torch.nn.functional as F
@@ -11,72 +11,79 @@ from ..kernels import few_channels, patches
 from ..kernels.pooled_activation import Activation, pooled_activation
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
-FEW = 4  # channels of a first layer, up to which its patches make a better matrix than its images
+Function = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of images, weight and bias
+
+FEW = 4  # channels on one side of a convolution, up to which patches make a better matrix than images
 ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.ELU: "elu"}
-FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": F.elu}
 
 
-class ConvolutionAndMore(nn.Module):
-    """A convolution, its activation and, where one follows, 2×2 max pooling; computes what they do but for rounding.
+class Replacement(nn.Module):
+    """A convolution, with what was taken in, as one function; has the convolution's parameters by their names."""
 
-    It holds the convolution's own parameters under their names.
-    """
-
-    def __init__(self, conv: Convolution, activation: Activation, pooled: bool, first: bool) -> None:
+    def __init__(self, conv: Convolution, function: Function) -> None:
         super().__init__()
-        assert conv.bias is not None
         self.weight, self.bias = conv.weight, conv.bias
-        self._activation, self._pooled = activation, pooled
-        self._transposed = isinstance(conv, nn.ConvTranspose2d)
-        self._padding = int(conv.padding[0])
-        self._narrow = activation == "relu" and not pooled and _is_narrow(conv)
-        self._by_patches = first and not self._narrow and conv.in_channels <= FEW
+        self._function = function
 
     def forward(self, images: Tensor) -> Tensor:
-        if self._narrow:
-            transposed = self._transposed
-            return few_channels.conv(images, self.weight, self.bias, self._padding, relu=True, transposed=transposed)
-        if self._by_patches:
-            out, bias = patches.conv(images, self.weight, self.bias, self._padding), None
-        elif self._pooled:
-            out, bias = F.conv2d(images, self.weight, None, padding=self._padding), self.bias
-        else:
-            out, bias = F.conv2d(images, self.weight, self.bias, padding=self._padding), None
-        return pooled_activation(out, bias, self._activation) if self._pooled else FUNCTIONS[self._activation](out)
+        return self._function(images, self.weight, self.bias)
 
 
 def fuse(network: nn.Module) -> None:
-    """Replaces, in every `nn.Sequential` of `network`, a convolution and what follows it where a kernel does both.
+    """Replaces, in every `nn.Sequential` of `network`, convolutions and what follows them where a kernel does the same.
 
     Parameters stay what they are, under the names that they had; what was taken in is an `nn.Identity` from then on.
     """
     for layers in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
-        for place, (conv, activation) in enumerate(pairwise(list(layers))):
-            kind = ACTIVATIONS.get(type(activation))
-            if kind is None or getattr(activation, "alpha", 1.0) != 1.0 or not _is_plain(conv):
+        modules = list(layers)
+        for place, conv in enumerate(modules):
+            if not _is_plain(conv) or (found := _replacement(conv, modules[place + 1 : place + 3])) is None:
                 continue
-            pooled = place + 2 < len(layers) and _is_halving(layers[place + 2])
-            first = place == 0
-            if pooled or _is_narrow(conv) or (first and conv.in_channels <= FEW):
-                layers[place] = ConvolutionAndMore(conv, kind, pooled, first)
-                for taken in range(place + 1, place + 2 + pooled):
-                    layers[taken] = nn.Identity()
+            function, taken = found
+            layers[place] = Replacement(conv, function)
+            for behind in range(place + 1, place + 1 + taken):
+                layers[behind] = nn.Identity()
+
+
+def _replacement(conv: Convolution, behind: list[nn.Module]) -> tuple[Function, int] | None:
+    """What does the work of `conv`, and how many of the modules behind it are then done too."""
+    activation = ACTIVATIONS.get(type(behind[0])) if behind and getattr(behind[0], "alpha", 1.0) == 1.0 else None
+    padding, stride = int(conv.padding[0]), conv.stride[0]
+    transposed = isinstance(conv, nn.ConvTranspose2d)
+    if activation == "relu" and _is_narrow(conv):
+        return partial(few_channels.conv, padding=padding, relu=True, transposed=transposed), 1
+
+    square = len(set(conv.kernel_size)) == 1
+    if transposed:
+        extra = conv.output_padding[0]
+        convolve = partial(patches.conv_transpose, stride=stride, padding=padding, output_padding=extra)
+        return (convolve, 0) if square and conv.out_channels <= FEW else None
+    by_patches = square and conv.in_channels <= FEW
+    convolve = partial(patches.conv if by_patches else F.conv2d, stride=stride, padding=padding)
+    if activation is not None and conv.bias is not None and len(behind) > 1 and _is_halving(behind[1]):
+        return partial(_pooled, convolve=convolve, activation=activation), 2
+    return (convolve, 0) if by_patches else None
+
+
+def _pooled(
+    images: Tensor, weight: Tensor, bias: Tensor | None, convolve: Callable[..., Tensor], activation: Activation
+) -> Tensor:
+    return pooled_activation(convolve(images, weight, None), bias, activation)
 
 
 def _is_plain(conv: nn.Module) -> TypeGuard[Convolution]:
-    """A convolution with a bias, stride 1 and one padding all around, none of its further options used."""
-    if not isinstance(conv, Convolution) or conv.bias is None or isinstance(conv.padding, str):
+    """A convolution that goes the same way along both sides and uses none of the further options."""
+    if not isinstance(conv, Convolution) or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         return False
-    ones = {*conv.stride, *conv.dilation, conv.groups} == {1} and len(set(conv.padding)) == 1
-    if isinstance(conv, nn.ConvTranspose2d):
-        return ones and _is_narrow(conv) and set(conv.output_padding) == {0}
-    return ones and conv.padding_mode == "zeros"
+    same = all(len(set(pair)) == 1 for pair in (conv.stride, conv.padding, conv.output_padding))
+    return same and {*conv.dilation, conv.groups} == {1}
 
 
 def _is_narrow(conv: Convolution) -> bool:
     """Whether `kernels.few_channels` takes it."""
-    fits = max(conv.in_channels, conv.out_channels) <= few_channels.NARROW
-    return fits and conv.kernel_size == (3, 3) and int(conv.padding[0]) <= 2
+    narrow = max(conv.in_channels, conv.out_channels) <= few_channels.NARROW
+    plain = {*conv.stride} == {1} and {*conv.output_padding} == {0} and conv.bias is not None
+    return narrow and plain and conv.kernel_size == (3, 3) and int(conv.padding[0]) <= 2
 
 
 def _is_halving(module: nn.Module) -> bool:

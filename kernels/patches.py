@@ -1,28 +1,120 @@
-"""A convolution of few input channels as one matrix product over the images' patches.
+"""Convolutions to or from few channels as one matrix product over patches of the images.
 
-cuDNN pads one or three channels to a multiple of eight and more, and of a first layer's weight gradient it makes up to
-a sixth of a step (H200). Patches of 9 or 27 values and a one, for the bias, fill a row of 16 or 32; the product and
-that of the gradient are then cuBLAS's, bound by memory alone, on every card. Autograd does the rest.
+cuDNN pads one or three channels to eight and more; first layers and a generator's last one then take up to a third of a
+step that they should take a twentieth of (H200: mnist-cnn, dcgan). As a product they are cuBLAS's, bound by memory
+alone, on every card: forward, the gradient of the weights and that of the images, which is the product's other side
+folded back. Both foldings are one kernel each when compiled.
 
-Shapes: images [B, C, H, W], weight [O, C, KH, KW], bias [O], result [B, O, HO, WO], channels last in memory.
-Bytes moved for each output pixel, in a 16-bit type: 2·K written and read, K the row's length, and 2·O.
+Shapes: images [B, C, H, W] with few channels C, pixels [B, O, HO, WO] with many; patches [B·HO·WO, K], where a row
+holds the KH·KW·C values under one pixel, tap by tap, zeros behind them up to a whole 32 bytes in 16-bit types.
+Bytes moved for each of B·HO·WO pixels, in a 16-bit type: 4·K and 2·O.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ALIGNMENT = 16  # elements: rows of 32 bytes
+ALIGNMENT = 16  # elements of a row
 
 
-def conv(images: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """`F.conv2d(images, weight, bias, padding=padding)`."""
-    outputs, channels, height, width = weight.shape
-    rows = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1).unfold(1, height, 1).unfold(2, width, 1)
-    b, out_height, out_width = rows.shape[:3]
-    values = channels * height * width
-    length = -(-(values + 1) // ALIGNMENT) * ALIGNMENT
-    one = torch.arange(length, device=images.device) == values  # for the bias; behind it are zeros
-    patches = F.pad(rows.reshape(-1, values), (0, length - values)) + one.to(images.dtype)
-    factors = F.pad(torch.cat([weight.flatten(1), bias[:, None]], dim=1), (0, length - values - 1))
-    return (patches @ factors.T).view(b, out_height, out_width, outputs).permute(0, 3, 1, 2)
+class Window(NamedTuple):
+    """What a convolution's kernel sees: square, the same way along both sides."""
+
+    side: int
+    stride: int
+    padding: int
+
+    def row(self, channels: int) -> int:
+        """Elements of a patch, whole rows."""
+        return -(-(self.side**2 * channels) // ALIGNMENT) * ALIGNMENT
+
+
+def conv(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """`F.conv2d`; channels last. weight: [O, C, KH, KW], square. bias: [O]."""
+    outputs, channels, side, _ = weight.shape
+    window = Window(side, stride, padding)
+    out_height, out_width = ((size + 2 * padding - side) // stride + 1 for size in images.shape[2:])
+    patches = _Unfold.apply(images, window)
+    pixels = patches @ _rows(weight.permute(0, 2, 3, 1), window.row(channels)).T
+    pixels = pixels.view(len(images), out_height, out_width, outputs).permute(0, 3, 1, 2)
+    return pixels if bias is None else pixels + bias.to(pixels.dtype)[:, None, None]
+
+
+def conv_transpose(
+    pixels: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, output_padding: int
+) -> Tensor:
+    """`F.conv_transpose2d`; channels last. pixels: [B, O, HO, WO]. weight: [O, C, KH, KW], square. bias: [C]."""
+    outputs, channels, side, _ = weight.shape
+    height, width = ((size - 1) * stride - 2 * padding + side + output_padding for size in pixels.shape[2:])
+    window = Window(side, stride, padding)
+    rows = pixels.permute(0, 2, 3, 1).reshape(-1, outputs)
+    patches = rows @ _rows(weight.permute(0, 2, 3, 1), window.row(channels))
+    images = _Fold.apply(patches, window, (len(pixels), channels, height, width))
+    return images if bias is None else images + bias.to(images.dtype)[:, None, None]
+
+
+def _rows(weight: Tensor, length: int) -> Tensor:
+    """[O, KH, KW, C] → [O, length]."""
+    flat = weight.flatten(1)
+    return F.pad(flat, (0, length - flat.shape[1]))
+
+
+def _unfold(images: Tensor, window: Window) -> Tensor:
+    """[B, C, H, W] → patches."""
+    side, stride, padding = window
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
+    views = padded.unfold(1, side, stride).unfold(2, side, stride)  # [B, HO, WO, C, KH, KW]
+    rows = views.permute(0, 1, 2, 4, 5, 3).reshape(-1, side * side * images.shape[1])
+    return F.pad(rows, (0, window.row(images.shape[1]) - rows.shape[1]))
+
+
+def _fold(patches: Tensor, window: Window, shape: tuple[int, int, int, int]) -> Tensor:
+    """The transpose of `_unfold`: each pixel of [B, C, H, W] is the sum of where it came in patches.
+
+    Pixels a stride apart see the same taps of patches, shifted, so the image is put together from stride² parts.
+    """
+    side, stride, padding = window
+    b, c, height, width = shape
+    out_height, out_width = ((size + 2 * padding - side) // stride + 1 for size in (height, width))
+    taps = patches[:, : side * side * c].view(b, out_height, out_width, side, side, c)
+    wide = torch.promote_types(patches.dtype, torch.float32)
+    rows, columns = (-(-(size + padding) // stride) for size in (height, width))
+
+    def part(y: int, x: int) -> Tensor:
+        """Pixels (y + i·stride, x + j·stride) of the padded image: [B, rows, columns, C]."""
+        total = torch.zeros(b, rows, columns, c, dtype=wide, device=patches.device)
+        for ky in range(y, side, stride):
+            for kx in range(x, side, stride):
+                down, right = ky // stride, kx // stride
+                seen = taps[:, : rows - down, : columns - right, ky, kx]
+                below, beside = rows - down - seen.shape[1], columns - right - seen.shape[2]
+                total = total + F.pad(seen.to(wide), (0, 0, right, beside, down, below))
+        return total
+
+    lines = [torch.stack([part(y, x) for x in range(stride)], dim=3) for y in range(stride)]
+    padded = torch.stack(lines, dim=2).view(b, rows * stride, columns * stride, c)
+    return padded[:, padding : padding + height, padding : padding + width].to(patches.dtype).permute(0, 3, 1, 2)
+
+
+class _Unfold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images: Tensor, window: Window) -> Tensor:
+        ctx.window, ctx.shape = window, images.shape
+        return _unfold(images, window)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _fold(gradient, ctx.window, ctx.shape), None
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, patches: Tensor, window: Window, shape: tuple[int, int, int, int]) -> Tensor:
+        ctx.window = window
+        return _fold(patches, window, shape)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _unfold(gradient, ctx.window), None, None
