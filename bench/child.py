@@ -87,7 +87,7 @@ def run(order: Order, emit: Emit) -> None:
     if tuning.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     if tuning.kernels:
-        fuse(network)
+        fuse(network, DTYPES[tuning.precision])
     loader = train_loader()
     eval_loader = make_loader(workload, eval_set, tuning, device, train=False, seed=case.seed, into=eval_place)
     step, players = make_step(workload, network, tuning, device, loader.batches_per_epoch * workload.recipe.epochs)

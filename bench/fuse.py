@@ -4,11 +4,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeGuard
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import few_channels, patches
 from ..kernels.pooled_activation import Activation, pooled_activation
+from ..models.resnet50_transfer import ResNet50Transfer
 
 Convolution = nn.Conv2d | nn.ConvTranspose2d
 Function = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of images, weight and bias
@@ -29,11 +31,16 @@ class Replacement(nn.Module):
         return self._function(images, self.weight, self.bias)
 
 
-def fuse(network: nn.Module) -> None:
+def fuse(network: nn.Module, dtype: torch.dtype) -> None:
     """Replaces, in every `nn.Sequential` of `network`, convolutions and what follows them where a kernel does the same.
 
     Parameters stay what they are, under the names that they had; what was taken in is an `nn.Identity` from then on.
+    Frozen features of a ResNet become folded ones, computed in `dtype`.
     """
+    if isinstance(network, ResNet50Transfer):
+        from ..models.folded_resnet import FoldedResNet  # here, since it takes torchvision's models
+
+        network.features = FoldedResNet(network.features, dtype)
     for layers in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
         modules = list(layers)
         for place, conv in enumerate(modules):

@@ -1,0 +1,64 @@
+"""ResNet-50's features with batch norm folded, against torchvision's own in eval mode."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet50
+
+from netdyno.bench.fuse import fuse
+from netdyno.kernels.conv_relu import conv_relu, conv_relu_reference
+from netdyno.models.folded_resnet import FoldedResNet
+from netdyno.models.resnet50_transfer import ResNet50Transfer
+
+
+def used_resnet() -> nn.Module:
+    """With statistics and scales as training leaves them, unlike those of a new one."""
+    torch.manual_seed(0)
+    resnet = resnet50()
+    for norm in resnet.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for value in (norm.running_var, norm.weight):
+                nn.init.uniform_(value, 0.4, 0.8)
+            for value in (norm.running_mean, norm.bias):
+                nn.init.uniform_(value, -0.2, 0.2)
+    resnet.fc = nn.Identity()
+    return resnet.requires_grad_(False).eval()
+
+
+def test_folded_features_are_those_of_the_network() -> None:
+    resnet = used_resnet().double()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(FoldedResNet(resnet, torch.float64)(images), resnet(images))
+
+
+def test_the_transfer_network_keeps_its_head_and_takes_any_type_of_images() -> None:
+    network = ResNet50Transfer(5, None).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected = network(images)
+    head = dict(network.head.named_parameters())
+    fuse(network, torch.bfloat16)
+    assert all(value is head[name] for name, value in network.head.named_parameters())
+    assert [name for name, value in network.named_parameters() if value.requires_grad] == [f"head.{n}" for n in head]
+    network.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (images, images.bfloat16()):
+            torch.testing.assert_close(network(given).float(), expected, atol=0.05, rtol=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("adds", [False, True])
+def test_one_kernel_computes_the_same_on_a_gpu(dtype: torch.dtype, adds: bool) -> None:
+    for channels, outputs, side, stride, padding in ((3, 64, 7, 2, 3), (64, 256, 1, 1, 0), (64, 64, 3, 2, 1)):
+        images = torch.randn(4, channels, 32, 32, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+        weight = 0.1 * torch.randn(outputs, channels, side, side, device="cuda", dtype=dtype)
+        weight = weight.to(memory_format=torch.channels_last)
+        bias = torch.randn(outputs, device="cuda", dtype=dtype)
+        exact = conv_relu_reference(images.double(), weight.double(), bias.double(), None, stride, padding)
+        added = torch.randn_like(exact).to(dtype) if adds else None
+        if added is not None:
+            inputs = (images.double(), weight.double(), bias.double(), added.double())
+            exact = conv_relu_reference(*inputs, stride, padding)
+        found = torch.compile(conv_relu, fullgraph=True)(images, weight, bias, added, stride, padding)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found.double(), exact, atol=0.05, rtol=0.02)
