@@ -1,10 +1,12 @@
 """The command line. It chooses cases and outputs; every setting of a case is in `workloads.py` and `tuning.py`."""
 
 import io
+import os
 import signal
 import sys
 from collections import Counter
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,7 @@ from .schema import read_all
 from .tuning import LADDER
 
 plain: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
-app = typer.Typer(help="Netdyno, a dynamometer for GPUs.", **plain)
+app = typer.Typer(**plain)
 data_app = typer.Typer(help="List, fetch and verify the image sets.", **plain)
 app.add_typer(data_app, name="data")
 console = Console()
@@ -141,7 +143,6 @@ def run(
 ) -> None:
     """Train workloads and record what was measured."""
     from . import inflight, machine, runner
-    from .data import prepared
     from .data.dali import import_dali
     from .tuning import TUNINGS
     from .workloads import Case, find, names
@@ -159,7 +160,7 @@ def run(
     say(f"machine  {here['slug']}")
     for cut_off in inflight.sweep(results / here["slug"]):
         say(f"         an earlier run was cut off: {path_of(cut_off, results)} says killed")
-    root = data or prepared.default_root()
+    root = root_of(data)
     hashes = announce_data(sorted({workload.dataset for workload in chosen}), root)
 
     cases = [
@@ -191,6 +192,16 @@ def run(
         say(f"{len(records)} {'record' if len(records) == 1 else 'records'} written to {results / here['slug']}")
     if any(record["status"] != "ok" for record in records):
         raise typer.Exit(2 if user_errors else 1)
+
+
+def root_of(data: Path | None) -> Path:
+    """Where the image sets are: `data`, else $NETDYNO_DATA, else the user's cache. Says so of a named one not there."""
+    from .data import prepared
+
+    root = data or prepared.default_root()
+    if (data or os.environ.get("NETDYNO_DATA")) and not root.is_dir():
+        complain(f"the data folder {root} does not exist yet")
+    return root
 
 
 def announce_data(names: list[str], root: Path) -> dict[str, dict[str, str]]:
@@ -263,12 +274,27 @@ def table(
         raise typer.Exit(1)
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        say(version("netdyno"))
+        raise typer.Exit
+
+
+@app.callback()
+def netdyno(
+    of_netdyno: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Netdyno, a dynamometer for GPUs."""
+
+
 @data_app.command(name="list")
 def list_data(data: DataOption = None) -> None:
     """Show which image sets are there."""
     from .data import prepared
 
-    root = data or prepared.default_root()
+    root = root_of(data)
     say(f"{root}")
     problems = []
     for name in prepared.FORMS:
@@ -314,15 +340,17 @@ def verify(names: SetNames = None, data: DataOption = None) -> None:
     """Check image sets against the SHA-256 values of their manifests."""
     from .data import prepared
 
-    root = data or prepared.default_root()
+    root = root_of(data)
     problems = []
     for name in names or prepared.FORMS:
-        if prepared.locate(name, root) is None:
+        folder = prepared.locate(name, root)
+        if folder is None:
             found = [f"{name}: not in {root}"] if names else []
             say(f"{name}: not there")
         else:
             found = prepared.verify(name, root)
-            say(f"{name}: {'damaged' if found else 'as its manifest says'}")
+            kind = "a synthetic stand-in, " if folder.parent != root else ""
+            say(f"{name}: {kind}{'damaged' if found else 'as its manifest says'}")
         problems += found
     if problems:
         raise UserError("\n".join(problems))

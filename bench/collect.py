@@ -97,7 +97,8 @@ def pack(results: Path, machine: str | None = None, out: Path | None = None) -> 
 
 
 def _only_machine(results: Path) -> str:
-    machines = sorted({path.parent.parent.name for path in results.glob("*/*/*.json")})
+    found = (path for path in results.glob("*/*/*.json") if path.name != "machine.json")  # results/local holds those
+    machines = sorted({path.parent.parent.name for path in found})
     if not machines:
         raise UserError(f"there is no record in {results}; make some with: netdyno run")
     if len(machines) > 1:

@@ -44,7 +44,7 @@ class Listener:
         if metric is not None:
             note += f"  metric {metric:.2f}"
             if not self._console.is_terminal:
-                line = f"  {where}  {note}  {perf_counter() - self._start:.0f} s"
+                line = f"  {where}  {note}  after {perf_counter() - self._start:.0f} s"
                 self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         done = (epoch - 1) * self._steps + step
         self._bar.update(self._task, description=where, completed=done, note=note)

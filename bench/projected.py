@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cards import CARDS, Card
-from .project import CONTEXT_MIB, MEMORY_SPREAD, PUBLISHED, interval_factor, predict, project
+from .project import CONTEXT_MIB, PUBLISHED, TRIALS_MIB, interval_factor, predict, project
 from .roofline import STEPS, work
 from .table import MISSING, aligned, figure
 
@@ -60,7 +60,8 @@ def speeds(card: Card, workloads: Iterable["Workload"]) -> str:
             "",
             aligned(headers, [False, False, True, True, True, False, True, True, True], lines),
             "",
-            f"Memory is the process's, with {CONTEXT_MIB:,} MiB of libraries, ± {100 * MEMORY_SPREAD:.0f} %.",
+            f"Memory is the process's, with {CONTEXT_MIB:,} MiB of libraries; while cuDNN tries its algorithms it may"
+            f" be up to {TRIALS_MIB:,} MiB more.",
         ]
     )
 

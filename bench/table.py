@@ -81,6 +81,7 @@ class Section:
     suite: str | None
     synthetic: bool | None
     rows: tuple[Row, ...]
+    newest: float | None  # timing version of all rows that are shown, here or in another table
 
     @property
     def on_gpu(self) -> bool:
@@ -93,6 +94,8 @@ class Section:
 
 def _sections(all_rows: Iterable[Row]) -> list[Section]:
     """Tables in their order: GPUs before CPUs, the full suite before the quick one, real data first."""
+    all_rows = list(all_rows)
+    newest = max((row.timing_version for row in all_rows if row.timing_version is not None), default=None)
     tables: dict[tuple, list[Row]] = {}
     for row in all_rows:
         tables.setdefault((row.machine, row.suite, row.synthetic), []).append(row)
@@ -104,7 +107,7 @@ def _sections(all_rows: Iterable[Row]) -> list[Section]:
         return machine not in gpu_machines, machine or "", rank(suite, ("full", "quick")), suite or "", kind
 
     return [
-        Section(machine=key[0], suite=key[1], synthetic=key[2], rows=tuple(tables[key]))
+        Section(machine=key[0], suite=key[1], synthetic=key[2], rows=tuple(tables[key]), newest=newest)
         for key in sorted(tables, key=place)
     ]
 
@@ -114,14 +117,12 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
     siblings: dict[tuple, list[Row]] = {}
     for row in section.rows:
         siblings.setdefault(_visible(row), []).append(row)
-    newest = max((row.timing_version or 0 for row in section.rows), default=0)
 
     def workload(row: Row) -> str:
         apart = [_distinction(row, siblings[_visible(row)])]
-        if row.ok and row.timing_version != newest:
-            apart.append(
-                f"timing version {figure(row.timing_version, count=True)}, others {figure(newest, count=True)}"
-            )
+        if row.ok and row.timing_version != section.newest:
+            own, newest = (figure(version, count=True) for version in (row.timing_version, section.newest))
+            apart.append(f"timing version {own}, others {newest}")
         return notes.mark(_workload(row), ", ".join(part for part in apart if part))
 
     memory = {

@@ -7,6 +7,7 @@ netdyno=${NETDYNO:-.venv/bin/netdyno}
 
 $netdyno doctor --results results || true                          # the ceilings that records are held against
 $netdyno run --suite full --results results --resume               # tuned and eager, to the targets
+$netdyno run --suite full --tuning tuned --mode compute --results results --resume   # what the loader costs
 $netdyno run --suite full --tuning t4 --results results --resume   # the T4 policy on this card
 # What cifar10-cnn and conv-autoencoder must reach: each seed once, on any machine, whatever became of the code since.
 for workload in cifar10-cnn conv-autoencoder; do

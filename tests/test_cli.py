@@ -1,5 +1,6 @@
 """The command line: every command and option, what it prints, and how it ends. Runs are played by a stand-in."""
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -294,6 +295,18 @@ def test_a_run_keeps_the_ceilings(netdyno: Any, runs: Runs) -> None:
 def test_each_suite_has_its_tunings(netdyno: Any, runs: Runs, suite: str, tunings: list[str]) -> None:
     assert not netdyno("run", "mnist-cnn", "--suite", suite).code
     assert [(case.suite, case.tuning) for case in runs.cases] == [(suite, tuning) for tuning in tunings]
+
+
+def test_version(netdyno: Any) -> None:
+    ended = netdyno("--version")
+    assert (ended.code or 0, ended.out.strip()) == (0, importlib.metadata.version("netdyno"))
+
+
+def test_a_data_folder_that_is_not_there_is_named(netdyno: Any, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    ended = netdyno("data", "list", "--data", gone)
+    assert (ended.code or 0, ended.err.strip()) == (0, f"netdyno: the data folder {gone} does not exist yet")
+    assert not gone.exists()
 
 
 def test_options_reach_the_runs(netdyno: Any, runs: Runs, tmp_path: Path) -> None:

@@ -29,7 +29,10 @@ def shown(events: list[dict[str, Any]], **options: Any) -> str:
 
 def test_a_log_gets_a_line_an_epoch() -> None:
     lines = shown(EVENTS, width=40).splitlines()
-    assert lines == ["  epoch 1/10  loss 0.5432  metric 97.10  0 s", "  epoch 2/10  loss 0.04321  metric 98.00  0 s"]
+    assert lines == [
+        "  epoch 1/10  loss 0.5432  metric 97.10  after 0 s",
+        "  epoch 2/10  loss 0.04321  metric 98.00  after 0 s",
+    ]
 
 
 def test_modes_without_a_metric_print_no_line_in_a_log() -> None:
@@ -47,7 +50,7 @@ def test_a_terminal_of_80_columns_gets_a_bar_of_one_line_that_vanishes(monkeypat
     assert "epoch 99/100 ━━━━━━━━━" in text
     assert " 99%" in text
     assert "loss -0.0001234  metric 97.10\n" in text  # nothing was cut off or broken
-    assert "97.10  0 s" not in text  # the lines of a log
+    assert "97.10  after 0 s" not in text  # the lines of a log
     assert text.count("\x1b[1A") == 1  # one line was to be cleared
     assert text.endswith("\x1b[2K")
 

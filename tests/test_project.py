@@ -16,6 +16,7 @@ from netdyno.bench.project import (
     FLOOR_S,
     OBSERVED,
     PUBLISHED,
+    TRIALS_MIB,
     UNFOLDED,
     interval_factor,
     memory_mib,
@@ -116,19 +117,18 @@ def test_constants_fit_the_observations_best() -> None:
 
 
 def test_observations_are_what_their_records_hold() -> None:
-    for one in OBSERVED:
-        for path in (ROOT / "results").glob(f"*/{one.workload}/*-{one.record}.json") if one.record else ():
-            record: dict[str, Any] = json.loads(path.read_text())
-            busy_s = (
-                record["gpu"]["utilisation_pct_mean"] / 100 * record["timing"]["train_s"] / record["timing"]["steps"]
-            )
-            assert record["case"]["recipe"]["batch_size"] == one.batch
-            assert one.step_us == pytest.approx(1e6 * busy_s, rel=0.01)
+    recorded = [one for one in OBSERVED if one.record]
+    assert len(recorded) == 5
+    for one in recorded:
+        (path,) = (ROOT / "results").glob(f"*h200*/{one.workload}/tuned-compute-{one.record}.json")
+        record: dict[str, Any] = json.loads(path.read_text())
+        assert record["case"]["recipe"]["batch_size"] == one.batch
+        assert one.step_us == pytest.approx(1e6 * record["timing"]["train_s"] / record["timing"]["steps"], rel=0.002)
 
 
 def test_interval_is_narrow_enough_to_mean_something() -> None:
     assert interval_factor() ** 2 <= 2
-    assert interval_factor() > math.exp(1.78 * 0.1)
+    assert interval_factor() > math.exp(1.81 * 0.1)
 
 
 # What it is not fitted to
@@ -141,18 +141,15 @@ def test_published_figures_lie_inside(one: Any) -> None:
     assert found.low <= one.images_per_s <= found.high
 
 
-@pytest.mark.parametrize(
-    ("workload", "batch", "optimizer", "peak_mib"),  # of the process, by NVML, on an H200
-    [
-        ("mnist-cnn", 256, "sgd", 976),
-        ("cifar10-cnn", 512, "sgd", 1184),
-        ("cifar100-cnn", 256, "adam", 1632),
-        ("dcgan", 128, "adam", 3650),
-        ("resnet50-transfer", 32, "adam", 1468),
-    ],
-)
-def test_memory_is_near_what_was_measured(workload: str, batch: int, optimizer: str, peak_mib: float) -> None:
-    assert memory_mib(STEPS[workload], batch, optimizer) == pytest.approx(peak_mib, rel=0.1)
+def test_memory_is_near_what_was_measured() -> None:
+    found = 0
+    for path in (ROOT / "results").glob("*h200*/*/tuned-e2e-*.json"):
+        record: dict[str, Any] = json.loads(path.read_text())
+        recipe = record["case"]["recipe"]
+        projected_mib = memory_mib(STEPS[record["case"]["workload"]], recipe["batch_size"], recipe["optimizer"])
+        assert 0.9 * projected_mib <= record["memory"]["nvml_process_peak_mib"] <= projected_mib + TRIALS_MIB
+        found += 1
+    assert found >= 6
 
 
 def test_what_ran_on_16_gb_fits_there_and_twice_of_it_does_not() -> None:

@@ -188,6 +188,8 @@ def test_a_row_of_an_older_timing_version_says_so() -> None:
     assert "- ¹ timing version 1, others 2" in lines
     assert [line.split("|")[1].strip() for line in lines if "-cnn" in line] == ["cifar10-cnn¹", "mnist-cnn"]
     assert "timing version" not in table.to_markdown([older, make(2)])
+    elsewhere = table.to_markdown([make(1, suite="source"), newer])  # in a table of its own it is no newer
+    assert "- ¹ timing version 1, others 2" in elsewhere
 
 
 def test_what_weakens_a_number_stands_beside_it() -> None:
