@@ -62,8 +62,11 @@ def run(order: Order, emit: Emit) -> None:
     torch.manual_seed(case.seed)
 
     emit(stage="data")
-    train_set, eval_set = (image_set(resolve(case), split, tuning, order.data, device) for split in ("train", "test"))
-    workload, network = build(resolve(case), train_set.classes)
+    workload = resolve(case)
+    if order.batch_size is not None:
+        workload = replace(workload, recipe=replace(workload.recipe, batch_size=order.batch_size))
+    train_set, eval_set = (image_set(workload, split, tuning, order.data, device) for split in ("train", "test"))
+    workload, network = build(workload, train_set.classes)
     uncaptured = why_uncaptured(workload.recipe, tuning) if tuning.capture else None
     tuning = replace(tuning, capture=tuning.capture and uncaptured is None)
     execution = describe_precision(tuning, device) | {"captured": tuning.capture, "uncaptured_because": uncaptured}
@@ -100,6 +103,7 @@ def run(order: Order, emit: Emit) -> None:
     compile_s = first_calls(step, resident, evaluate)
     start_s = round(time.time() - order.started, 3)
     if order.compile_only:
+        emit(section="memory", value={"limit_mib": tuning.memory_limit_mib})
         return emit(section="compile", value={"cold_s": compile_s, "cold_start_s": start_s})
     if tuning.compile:
         emit(section="compile", value={"warm_s": compile_s, "warm_start_s": start_s})

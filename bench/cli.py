@@ -140,6 +140,13 @@ def run(
     trace: Annotated[
         bool, typer.Option("--trace", help="Write a profiler trace of a few steps beside each record.")
     ] = False,
+    find_batch_size: Annotated[
+        bool,
+        typer.Option(
+            "--find-batch-size",
+            help="Record nothing, but find the largest batch that each case trains with on this GPU.",
+        ),
+    ] = False,
 ) -> None:
     """Train workloads and record what was measured."""
     from . import inflight, machine, runner
@@ -154,6 +161,10 @@ def run(
     here = machine.describe()
     if here["gpu"] is None and any(TUNINGS[name](None).needs_gpu for name in tunings):
         raise UserError("--tuning t4 needs a CUDA GPU, and no NVIDIA driver with one was found here")
+    if here["gpu"] is None and find_batch_size:
+        raise UserError(
+            "--find-batch-size needs a CUDA GPU: nothing ends a CPU's memory before the machine stands still"
+        )
     if any(TUNINGS[name](None).loader == "dali" for name in tunings):
         import_dali()  # a missing DALI ends the command here, not case by case
     save_machine(here, results)
@@ -169,6 +180,8 @@ def run(
         for name in tunings
         for _ in range(repeats)
     ]
+    if find_batch_size:
+        return say_batch_sizes(cases, root, here)
     done: Counter[Case] = Counter()
     if resume:
         found, problems = read_all(results)
@@ -192,6 +205,22 @@ def run(
         say(f"{len(records)} {'record' if len(records) == 1 else 'records'} written to {results / here['slug']}")
     if any(record["status"] != "ok" for record in records):
         raise typer.Exit(2 if user_errors else 1)
+
+
+def say_batch_sizes(cases: "list[Any]", root: Path, here: dict[str, Any]) -> None:
+    """Searches and prints the largest batch of each case."""
+    from .batch_size import find_batch_size
+    from .data import prepared
+    from .workloads import resolve
+
+    for case in dict.fromkeys(cases):
+        workload = resolve(case)
+        images = min(len(prepared.load(workload.dataset, "train", root)), workload.recipe.train_images or sys.maxsize)
+        with show(console) as listen:
+            found = find_batch_size(case, images=images, data=root, machine=here, listen=listen)
+        trains = "no batch trains" if found.trains is None else f"{found.trains:,} images train"
+        end = f"{found.fails:,} do not" if found.fails else "more than the training set has are not tried"
+        say(f"{case.workload} {case.tuning}: {trains}, {end}")
 
 
 def root_of(data: Path | None) -> Path:

@@ -17,6 +17,7 @@ class Order:
     started: float  # time.time() when the parent started the child
     gpu: str | None = None  # the GPU's name where the machine has one: the case must not run without it
     compile_only: bool = False  # compile, say how long it took, and end
+    batch_size: int | None = None  # in place of the recipe's
     trace: Path | None = None  # where to put a profiler trace
 
     def to_json(self) -> str:

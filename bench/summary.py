@@ -64,6 +64,7 @@ class Row:
     speedup_over_eager: float | None = None
     eager_ids: tuple[str, ...] = ()  # the records that it is compared with
     differs_from_eager: tuple[str, ...] = ()  # what else than the tuning sets this row's recipe apart from eager's
+    share_of_compute: float | None = None  # end to end, of the same case's speed without a loader: the rest is waiting
     eval_images_per_s: float | None
     peak_allocated_mib: float | None
     peak_reserved_mib: float | None
@@ -115,10 +116,14 @@ def summarise(records: Iterable[Record]) -> list[Row]:
             groups.setdefault(failure, []).append(record)
     by_age = [_row(group) for group in sorted(groups.values(), key=lambda group: _when(group[-1]))]
     eager: dict[tuple, list[Row]] = {}
+    compute: dict[tuple, Row] = {}
     for row in by_age:
         if row.ok and row.tuning == "eager":
             eager.setdefault(_contest(row), []).append(row)
-    return sorted((_beside_eager(row, eager.get(_contest(row), [])) for row in by_age), key=order)
+        if row.ok and row.mode == "compute":
+            compute[_without_mode(row)] = row
+    compared = (_beside_eager(row, eager.get(_contest(row), [])) for row in by_age)
+    return sorted((_beside_compute(row, compute.get(_without_mode(row))) for row in compared), key=order)
 
 
 def _row(group: Sequence[Record]) -> Row:
@@ -317,6 +322,17 @@ def _beside_eager(row: Row, eager: Sequence[Row]) -> Row:
         eager_ids=best.ids,
         differs_from_eager=_differences(row.recipe, best.recipe),
     )
+
+
+def _beside_compute(row: Row, compute: Row | None) -> Row:
+    """`row`, if it is end to end, with its share of the same case's speed on data that stay on the device."""
+    if row.mode != "e2e" or not row.ok or compute is None or not row.images_per_s or not compute.images_per_s:
+        return row
+    return replace(row, share_of_compute=row.images_per_s / compute.images_per_s)
+
+
+def _without_mode(row: Row) -> tuple:
+    return *_contest(replace(row, mode=None)), row.tuning, _key(row.recipe)
 
 
 def _contest(row: Row) -> tuple:

@@ -134,7 +134,8 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
         ),
     }
     energy = {"energy": Column(header="energy, J/1,000 images", right=True, cell=lambda row: _energy(row, notes))}
-    share = {"share": Column(header="share of ceilings", right=True, cell=_share)}
+    share = {"share": Column(header="share of ceilings", right=True, cell=lambda row: _percent(row.share_of_card))}
+    waits = {"waits": Column(header="of compute-only", right=True, cell=lambda row: _percent(row.share_of_compute))}
     host = {
         "host": Column(header="peak memory, host RSS, MiB", right=True, cell=lambda row: figure(row.host_rss_peak_mib))
     }
@@ -146,6 +147,7 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
         "batch": Column(header="batch", right=True, cell=lambda row: figure(row.batch_size, count=True)),
         "images": Column(header="images/s", right=True, cell=lambda row: _images(row, notes)),
         "speedup": Column(header="speed-up over eager", right=True, cell=lambda row: _speedup(row, notes)),
+        **(waits if any(row.share_of_compute is not None for row in section.rows) else {}),
         **(share if any(row.share_of_card is not None for row in section.rows) else {}),
         **(memory if section.on_gpu else host),
         **(energy if any(row.energy_j_per_1000_images is not None for row in section.rows) else {}),
@@ -198,8 +200,8 @@ def _speedup(row: Row, notes: Notes) -> str:
     )
 
 
-def _share(row: Row) -> str:
-    return MISSING if row.share_of_card is None else f"{100 * row.share_of_card:.1f} %"
+def _percent(share: float | None) -> str:
+    return MISSING if share is None else f"{100 * share:.1f} %"
 
 
 def _energy(row: Row, notes: Notes) -> str:

@@ -28,40 +28,42 @@ if torch.cuda.is_available():
     begin.record(); torch.cuda._sleep(10**8); end.record(); end.synchronize()
     print(begin.elapsed_time(end) / 1e3 / 10**8)
 else:
-    square = torch.ones(256, 256)
     times = []
     for _ in range(2000):
-        start = time.perf_counter(); torch.mm(square, square); times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        torch.mm(torch.ones(256, 256), torch.ones(256, 256))
+        times.append(time.perf_counter() - start)
     print(sorted(times)[1000])
 """
+# What is appended to bench/step.py, so that the work is part of each step of one batch, captured with it.
 EXTRA = """
 
 
-def _with_extra_work(make, count):
-    def make_slower(workload, network, tuning, device, steps):
+def _planted(make):
+    def make_planted(workload, network, tuning, device, steps):
         step, players = make(workload, network, tuning, device, steps)
-        square = torch.ones(256, 256, device=device)
 
-        def slower(images, labels):
-            loss = step(images, labels)
-            if device.type == "cuda":
-                torch.cuda._sleep(count)
-            else:
-                for _ in range(count):
-                    torch.mm(square, square)
-            return loss
+        def planted(images, labels):
+            {plant}
+            return step(images, labels)
 
-        return slower, players
+        return planted, players
 
-    return make_slower
+    return make_planted
 
 
-make_step = _with_extra_work(make_step, {count})
+_plain_step, _adversarial_step = _planted(_plain_step), _planted(_adversarial_step)
 """
+SPIN = """if device.type == "cuda":
+                torch.cuda._sleep({units})
+            else:
+                for _ in range({units}):
+                    torch.mm(torch.ones(256, 256), torch.ones(256, 256))"""
+HOARD = "hoard = torch.empty({units} << 20, dtype=torch.uint8, device=device)"
 
 
-def copy(folder: Path, cache: Path, extra: int | None = None) -> Checkout:
-    """This tree's code in a folder of its own, with so many units of extra work in its step.
+def copy(folder: Path, cache: Path, plant: str | None = None) -> Checkout:
+    """This tree's code in a folder of its own, with so much more in each of its steps: `SPIN` or `HOARD`, filled in.
 
     What is there already stays: an interrupted experiment goes on with the same code.
     """
@@ -70,12 +72,17 @@ def copy(folder: Path, cache: Path, extra: int | None = None) -> Checkout:
         shutil.rmtree(folder, ignore_errors=True)
         for name in ("bench", "kernels", "models"):
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-        if extra is not None:
+        if plant is not None:
             with (tree / "bench" / "step.py").open("a") as file:
-                file.write(EXTRA.replace("{count}", str(extra)))
+                file.write(EXTRA.replace("{plant}", plant))
         packages.mkdir()
         (packages / "netdyno").symlink_to(tree)
     return Checkout(commit="this tree", tree=tree, environment=environment(packages, cache))
+
+
+def unit_s() -> float:
+    """The seconds of one unit of `SPIN` on this machine."""
+    return float(subprocess.run([sys.executable, "-c", CALIBRATION], capture_output=True, text=True, check=True).stdout)
 
 
 def fill(side: Checkout, contest: Contest, folder: Path, runs: int) -> None:
@@ -111,11 +118,12 @@ def main() -> int:
 
     units = folder / "unit_s"  # kept, as the copies are
     if not units.exists():
-        measured = subprocess.run([sys.executable, "-c", CALIBRATION], capture_output=True, text=True, check=True)
-        units.write_text(measured.stdout)
+        units.write_text(str(unit_s()))
     extra = max(1, round(step * options.percent / 100 / float(units.read_text())))
     print(f"step {step:.6f} s, {extra} units of {float(units.read_text()):.3g} s for {options.percent} %", flush=True)
-    slow = copy(folder / f"copy-slow-{options.percent}", folder / f"cache-slow-{options.percent}", extra)
+    slow = copy(
+        folder / f"copy-slow-{options.percent}", folder / f"cache-slow-{options.percent}", SPIN.format(units=extra)
+    )
 
     right = 0
     for number in range(options.gates):

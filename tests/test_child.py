@@ -187,7 +187,8 @@ def test_a_case_that_compiles_tells_its_compile_times(measure: Any, monkeypatch:
     durations = iter([0.5, 0.5])  # of step and evaluation, at their first calls
     tuned = replace(EAGER, tuning="tuned")
     cold, _ = measure(tuned, compile_only=True)
-    assert set(cold) == {"case", "data", "compile"}  # it measures nothing else
+    assert set(cold) == {"case", "data", "compile", "memory"}
+    assert cold["memory"] == {"limit_mib": None}  # it measures nothing else
     warm, _ = measure(tuned)
     assert cold["compile"] | warm["compile"] == {name: pytest.approx(0, abs=60) for name in documented()["compile"]}
     assert 0.5 < cold["compile"]["cold_s"] < cold["compile"]["cold_start_s"]
@@ -380,6 +381,21 @@ def test_divergence_keeps_the_curve(speak: Any, monkeypatch: pytest.MonkeyPatch)
     assert last == {"status": "diverged", "reason": "training loss inf after 2 steps"}
     assert [(row["epoch"], row["train_loss"]) for row in found["accuracy"]["curve"]] == [(1, 0.5)]
     assert found["timing"]["steps"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.fault("a card without memory left")
+def test_a_full_card_ends_one_case_and_harms_no_other(data: Path, tmp_path: Path) -> None:
+    """Full for another process, this one: the child finds room for its context, but not for its tensors."""
+    here = machine.describe()
+    free, _ = torch.cuda.mem_get_info()
+    hog = torch.empty(free - (700 << 20), dtype=torch.uint8, device="cuda")
+    full = runner.run(EAGER, data=data, results=tmp_path, machine=here, listen=lambda event: None)
+    assert full["status"] == "oom"
+    del hog
+    torch.cuda.empty_cache()
+    again = runner.run(EAGER, data=data, results=tmp_path, machine=here, listen=lambda event: None)
+    assert again["status"] == "ok"
 
 
 @pytest.mark.fault("a card without memory left")

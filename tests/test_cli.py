@@ -12,7 +12,8 @@ import pytest
 import typer
 from made_up_records import make, records
 
-from netdyno.bench import cli, machine, runner, table
+from netdyno.bench import batch_size, cli, machine, runner, table
+from netdyno.bench.batch_size import Found
 from netdyno.bench.data import fetch, prepared, synthetic, weights
 from netdyno.bench.errors import UserError
 from netdyno.bench.record import load_all, new_record, save, save_ceilings
@@ -22,7 +23,7 @@ from netdyno.bench.workloads import Case, describe, find, names, resolve
 # A new option is a decision: settings of a case belong into bench/workloads.py and bench/tuning.py.
 COMMAND_LINE = """
 list
-run [WORKLOAD]... --suite --tuning --mode --seed --repeats --resume --results --data --trace
+run [WORKLOAD]... --suite --tuning --mode --seed --repeats --resume --results --data --trace --find-batch-size
 table --results --format
 compare OLD NEW --results
 gate NEW --results --json --junit --markdown
@@ -300,6 +301,29 @@ def test_each_suite_has_its_tunings(netdyno: Any, runs: Runs, suite: str, tuning
 def test_version(netdyno: Any) -> None:
     ended = netdyno("--version")
     assert (ended.code or 0, ended.out.strip()) == (0, importlib.metadata.version("netdyno"))
+
+
+def test_the_largest_batch_of_each_case(
+    netdyno: Any, runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "--find-batch-size needs a CUDA GPU" in netdyno("run", "mnist-cnn", "--find-batch-size").err
+    monkeypatch.setattr(machine, "describe", lambda: {"slug": "a-card", "gpu": "a card", "versions": {}})
+    asked = []
+
+    def find(case: Any, *, images: int, **rest: Any) -> Found:
+        asked.append((case.workload, case.tuning, images))
+        return {"tuned": Found(32, None), "eager": Found(16, 24), "t4": Found(None, 8)}[case.tuning]
+
+    monkeypatch.setattr(batch_size, "find_batch_size", find)
+    tunings = ("--tuning", "tuned", "--tuning", "eager", "--tuning", "t4")
+    ended = netdyno("run", "mnist-cnn", *tunings, "--repeats", "2", "--find-batch-size")
+    assert asked == [("mnist-cnn", tuning, 40) for tuning in ("tuned", "eager", "t4")]
+    assert ended.out.splitlines()[-3:] == [
+        "mnist-cnn tuned: 32 images train, more than the training set has are not tried",
+        "mnist-cnn eager: 16 images train, 24 do not",
+        "mnist-cnn t4: no batch trains, 8 do not",
+    ]
+    assert runs.cases == []
 
 
 def test_a_data_folder_that_is_not_there_is_named(netdyno: Any, tmp_path: Path) -> None:

@@ -134,6 +134,15 @@ def test_seeds_share_a_row() -> None:
     assert one(make(1), make(2, seed=1)).n == 2
 
 
+def test_share_of_compute() -> None:
+    """End to end against the same case on data that stay on the device: same tuning and recipe, nothing else."""
+    e2e, compute = make(1, images_per_s=900.0), make(2, images_per_s=1000.0, mode="compute")
+    assert [row.share_of_compute for row in summarise([e2e, compute])] == [0.9, None]
+    for other in ({"tuning": "eager"}, {"recipe": {"batch_size": 64}}, {"timing_version": 2}, {"suite": "quick"}):
+        rows = summarise([e2e, make(2, images_per_s=1000.0, **{"mode": "compute", **other})])
+        assert [row.share_of_compute for row in rows] == [None, None]
+
+
 def test_speedup_over_eager() -> None:
     tuned, eager = summarise(
         [

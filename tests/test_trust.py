@@ -1,0 +1,80 @@
+"""What tests/trust.py says of records: by made-up ones, since it takes a GPU and half an hour."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trust
+from made_up_records import make
+
+KERNEL = "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>"
+
+
+class Made(trust.Series):
+    """Records that are given, by the name of the copy that would have made them."""
+
+    def __init__(self, **given: list[dict[str, Any]]) -> None:
+        super().__init__(Path())
+        self.given = given
+
+    def records(self, case: str, runs: int, plant: str | None = None, name: str = "calm") -> list[dict[str, Any]]:
+        return (self.given[name] * runs)[:runs]
+
+
+@pytest.mark.parametrize(("second", "holds"), [(1003.0, True), (997.0, True), (1006.0, False), (994.0, False)])
+def test_pairs(second: float, holds: bool) -> None:
+    rows = list(trust.pairs(Made(calm=[make(1, images_per_s=1000.0), make(2, images_per_s=second)])))
+    assert len(rows) == len(trust.PAIRS)
+    assert {row[3] for row in rows} == {holds}
+    assert f"{second / 1000:.4f}" in rows[0][2]
+
+
+@pytest.mark.parametrize(("slower", "holds"), [(1.02, True), (1.0225, True), (1.016, False), (1.03, False)])
+def test_spin(monkeypatch: pytest.MonkeyPatch, slower: float, holds: bool) -> None:
+    monkeypatch.setattr(trust, "unit_s", lambda: 1e-9)
+    calm = make(1, images_per_s=1020.0, train_s=2.0, steps=10)
+    (row,) = trust.spin(Made(calm=[calm], spin=[make(2, images_per_s=1020.0 / slower)]))
+    assert (row[2], row[3]) == (f"{100 * (slower - 1):.2f} %", holds)
+
+
+@pytest.mark.parametrize(("peak", "holds"), [(300.0, True), (302.1, False), (297.9, False)])
+def test_allocation(peak: float, holds: bool) -> None:
+    made = Made(calm=[make(1, peak_allocated_mib=200.0)], hoard=[make(2, peak_allocated_mib=peak)])
+    (row,) = trust.allocation(made)
+    assert row[3] == holds
+
+
+def test_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trust, "BUSY", "import time; time.sleep(60)")
+    seen = make(1, gpu={"other_processes": 1, "readings": 9})
+    assert next(trust.busy(Made(beside=[seen])))[3]
+    assert next(trust.busy(Made(beside=[make(1, gpu={"other_processes": 0, "readings": 9})])))[2:] == ("nothing", False)
+
+
+def test_a_trace_by_hand() -> None:
+    """Two updates of 128 images between 10 and 30 µs; what is no kernel does not count."""
+    events = [
+        {"cat": "cpu_op", "name": KERNEL, "ts": 0, "dur": 100},
+        {"cat": "kernel", "name": "gemm", "ts": 10, "dur": 5},
+        {"cat": "kernel", "name": KERNEL, "ts": 16, "dur": 2},
+        {"cat": "kernel", "name": KERNEL, "ts": 25, "dur": 5},
+    ]
+    found = trust.traced_images_per_s({"traceEvents": events}, make(1))
+    assert found == pytest.approx(2 * 128 / 20e-6)
+    with pytest.raises(AssertionError, match="without an update"):
+        trust.traced_images_per_s({"traceEvents": events[1:2]}, make(1))
+
+
+@pytest.mark.parametrize(
+    ("sampled", "source", "train_s", "holds"),
+    [
+        (1040.0, "counter", 15.0, True),
+        (1060.0, "counter", 15.0, False),
+        (1000.0, "counter", 9.0, False),
+        (1000.0, "sampled", 15.0, False),
+    ],
+)
+def test_energy(sampled: float, source: str, train_s: float, holds: bool) -> None:
+    gpu = {"energy_j": 1000.0, "energy_source": source, "energy_sampled_j": sampled}
+    (row,) = trust.energy(Made(calm=[make(1, gpu=gpu, train_s=train_s)]))
+    assert row[3] == holds
