@@ -31,8 +31,10 @@ class Coordinates:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self._filters = [weight for weight in parameters if weight.shape[2:] == (3, 3)]
         count = sum(weight.numel() for weight in self._filters)
-        widest = max((9 * _channels(weight) for weight in self._filters), default=9)
-        block = torch.zeros(count, widest, dtype=torch.int64)  # for each coordinate the places of its block
+        widest = max(9 * _channels(weight) for weight in self._filters)
+        block = torch.arange(count)[:, None].repeat(
+            1, widest
+        )  # for each coordinate the places of its block, and its own
         there = torch.zeros(count, widest)
         back = torch.zeros(count, widest)
         start = 0

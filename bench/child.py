@@ -91,6 +91,9 @@ def run(order: Order, emit: Emit) -> None:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     if tuning.kernels:
         fuse(network, DTYPES[tuning.precision])
+        # Sums over half a million pixels, as patches have them, are to be made in 32 bits, as cuDNN's are.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     loader = train_loader()
     eval_loader = make_loader(workload, eval_set, tuning, device, train=False, seed=case.seed, into=eval_place)
     step, players = make_step(workload, network, tuning, device, loader.batches_per_epoch * workload.recipe.epochs)

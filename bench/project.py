@@ -175,8 +175,8 @@ def project(
 CONTEXT_MIB = 1_150  # of a process: CUDA, libraries, DALI and the graphs themselves
 HELD = 3  # times what belongs to the weights: a clean copy to start from after warm-up, gradients, torch's reserve
 # What cuDNN may take on top while it tries its algorithms, before anything is timed. So counted, no process peak of the
-# H200's records lies more than 10 % below the rest, and none above both: mnist-cnn and resnet50-transfer need nothing
-# of it, cifar100-cnn nearly all.
+# H200's tuned records lies more than 10 % below the rest, and none above both: mnist-cnn and resnet50-transfer need
+# nothing of it, cifar100-cnn nearly all.
 TRIALS_MIB = 1_300
 
 

@@ -50,7 +50,20 @@ MEASURES: tuple[str, ...] = (
     *(
         f"bench/{name}.py"
         for name in (
-            *("basis", "capture", "child", "gpu", "measure", "metrics", "order", "runner", "start", "step", "train"),
+            *(
+                "basis",
+                "capture",
+                "child",
+                "fuse",
+                "gpu",
+                "measure",
+                "metrics",
+                "order",
+                "runner",
+                "start",
+                "step",
+                "train",
+            ),
         )
     ),
     *("bench/tuning.py", "bench/workloads.py", "bench/data", "kernels", "models"),

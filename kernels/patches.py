@@ -3,7 +3,7 @@
 cuDNN pads one or three channels to eight and more; first layers and a generator's last one then take up to a third of a
 step that they should take a twentieth of (H200: mnist-cnn, dcgan). As a product they are cuBLAS's, bound by memory
 alone, on every card: forward, the gradient of the weights and that of the images, which is the product's other side
-folded back. Both foldings are one kernel each when compiled.
+folded back.
 
 Shapes: images [B, C, H, W] with few channels C, pixels [B, O, HO, WO] with many; patches [B·HO·WO, K], where a row
 holds the KH·KW·C values under one pixel, tap by tap, zeros behind them up to a whole 32 bytes in 16-bit types.
@@ -88,6 +88,8 @@ def _fold(patches: Tensor, window: Window, shape: tuple[int, int, int, int]) -> 
         for ky in range(y, side, stride):
             for kx in range(x, side, stride):
                 down, right = ky // stride, kx // stride
+                if down >= rows or right >= columns:  # beyond the padding of a small image
+                    continue
                 seen = taps[:, : rows - down, : columns - right, ky, kx]
                 below, beside = rows - down - seen.shape[1], columns - right - seen.shape[2]
                 total = total + F.pad(seen.to(wide), (0, 0, right, beside, down, below))

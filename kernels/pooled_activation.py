@@ -30,14 +30,40 @@ def pooled_activation(images: Tensor, bias: Tensor | None, activation: Activatio
     """`pooled_activation_reference` (see there) in one pass each way. The first of equal pixels gets the gradient."""
     if activation not in ("relu", "elu"):
         raise ValueError(f"activation is {activation!r}, neither relu nor elu")
-    height, width = images.shape[2] // 2 * 2, images.shape[3] // 2 * 2
-    pixels = [images[:, :, y:height:2, x:width:2] for y in (0, 1) for x in (0, 1)]
-    place = _place_of_largest([pixel.detach() for pixel in pixels])
-    largest = pixels[0]
-    for number, pixel in enumerate(pixels[1:], 1):
-        largest = torch.where(place == number, pixel, largest)
-    total = largest if bias is None else largest + bias.to(images.dtype)[:, None, None]
-    return F.relu(total) if activation == "relu" else F.elu(total)
+    return _PooledActivation.apply(images, bias, activation)
+
+
+class _PooledActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+        height, width = images.shape[2] // 2 * 2, images.shape[3] // 2 * 2
+        pixels = [images[:, :, y:height:2, x:width:2] for y in (0, 1) for x in (0, 1)]
+        place = _place_of_largest(pixels)
+        largest = pixels[0]
+        for number, pixel in enumerate(pixels[1:], 1):
+            largest = torch.where(place == number, pixel, largest)
+        total = largest if bias is None else largest + bias.to(images.dtype)[:, None, None]
+        pooled = F.relu(total) if activation == "relu" else F.elu(total)
+        ctx.save_for_backward(pooled, place, bias)
+        ctx.activation, ctx.shape = activation, images.shape
+        return pooled
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Written out, so that the gradient of the images is made channels last at once, odd sides too."""
+        pooled, place, bias = ctx.saved_tensors
+        slope = 0.0 if ctx.activation == "relu" else pooled + 1
+        passed = torch.where(pooled <= 0, gradient * slope, gradient)
+        of_bias = None
+        if bias is not None:
+            of_bias = passed.sum((0, 2, 3), dtype=torch.promote_types(passed.dtype, torch.float32)).to(bias.dtype)
+        b, c, height, width = ctx.shape
+        # [B, H/2, 2, W/2, 2, C]: each window's gradient at its largest pixel
+        number = torch.arange(4, dtype=torch.uint8, device=place.device).view(2, 1, 2, 1)
+        wide_place, wide_passed = (some.permute(0, 2, 3, 1)[:, :, None, :, None, :] for some in (place, passed))
+        spread = torch.where(wide_place == number, wide_passed, 0.0)
+        whole = spread.reshape(b, height // 2 * 2, width // 2 * 2, c)
+        return F.pad(whole, (0, 0, 0, width % 2, 0, height % 2)).permute(0, 3, 1, 2), of_bias, None
 
 
 def _place_of_largest(pixels: list[Tensor]) -> Tensor:

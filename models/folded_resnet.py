@@ -9,48 +9,61 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from ..kernels.conv_relu import conv_relu
 
 
-class Folded(nn.Module):
+def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that does `norm`'s work too. ValueError for one that goes not straight."""
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    if {*conv.dilation, conv.groups} != {1}:
+        raise ValueError(f"{conv} has groups or dilation, which are not folded")
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return weight.detach(), bias.detach()
+
+
+class FoldedConvolution(nn.Module):
     """ReLU(convolution, batch norm and what is added): the norm's scale and shift are in `weight` and `bias`."""
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Module, norm: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, conv: nn.Module, norm: nn.Module, dtype: torch.dtype, more_bias: Tensor | None = None) -> None:
         super().__init__()
         assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        weight, bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        self.register_buffer("weight", weight.detach().to(dtype, memory_format=torch.channels_last))
-        self.register_buffer("bias", bias.detach().to(dtype))
+        weight, bias = fold(conv, norm)
+        bias = bias if more_bias is None else bias + more_bias
+        self.register_buffer("weight", weight.to(dtype, memory_format=torch.channels_last))
+        self.register_buffer("bias", bias.to(dtype))
         self.stride, self.padding = conv.stride[0], int(conv.padding[0])
 
     def forward(self, images: Tensor, added: Tensor | None = None) -> Tensor:
+        if self.weight.shape[1] < 8:  # the stem: no fused kernel takes three channels
+            return F.conv2d(images, self.weight, self.bias, self.stride, self.padding).relu()
         return conv_relu(images, self.weight, self.bias, added, self.stride, self.padding)
 
 
 class FoldedBottleneck(nn.Module):
     """[B, C, H, W] → [B, 4 · width, H / stride, W / stride]."""
 
+    shortcut: Tensor | None
+
     def __init__(self, block: Bottleneck, dtype: torch.dtype) -> None:
         super().__init__()
-        self.first = Folded(block.conv1, block.bn1, dtype)
-        self.second = Folded(block.conv2, block.bn2, dtype)
-        self.third = Folded(block.conv3, block.bn3, dtype)
-        self.shortcut = None
-        if block.downsample is not None:
+        shortcut = of_shortcut = None
+        self.stride = 1
+        if block.downsample is not None:  # a 1×1 convolution; its bias goes with the third one's
             conv, norm = block.downsample
-            self.shortcut = Folded(conv, norm, dtype)
-        if self.shortcut is not None:
-            self.third.bias += self.shortcut.bias
+            shortcut, of_shortcut = fold(conv, norm)
+            shortcut, self.stride = shortcut.to(dtype, memory_format=torch.channels_last), conv.stride[0]
+        self.register_buffer("shortcut", shortcut)
+        self.first = FoldedConvolution(block.conv1, block.bn1, dtype)
+        self.second = FoldedConvolution(block.conv2, block.bn2, dtype)
+        self.third = FoldedConvolution(block.conv3, block.bn3, dtype, of_shortcut)
 
     def forward(self, images: Tensor) -> Tensor:
-        added = images
-        if self.shortcut is not None:
-            added = F.conv2d(images, self.shortcut.weight, None, self.shortcut.stride)
+        added = images if self.shortcut is None else F.conv2d(images, self.shortcut, None, self.stride)
         return self.third(self.second(self.first(images)), added)
 
 
@@ -63,7 +76,7 @@ class FoldedResNet(nn.Module):
     def __init__(self, resnet: ResNet, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.stem = Folded(resnet.conv1, resnet.bn1, dtype)
+        self.stem = FoldedConvolution(resnet.conv1, resnet.bn1, dtype)
         layers = (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
         self.blocks = nn.Sequential(*(FoldedBottleneck(block, dtype) for layer in layers for block in layer))
 

@@ -127,14 +127,37 @@ def test_crops_and_flips_are_those_of_the_padded_image_and_vary(noise: np.ndarra
     assert sum(found[0][label] == found[1].get(label) for label in found[0]) < 10  # drawn anew at each epoch
 
 
-def test_an_overtaken_epoch_cannot_go_on(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream(monkeypatch, 4)
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_overtaken_epoch_cannot_go_on(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch, resident: bool) -> None:
+    """And leaves the later ones what is theirs."""
+    if not resident:
+        stream(monkeypatch, 4)
+    (_, *expected) = [[batch.labels.tolist() for batch in epoch] for epoch in three_epochs(arrays(noise))]
     loader = arrays(noise)
     first = loader.epoch()
     next(first)
-    next(loader.epoch())
-    with pytest.raises(RuntimeError, match="later one"):
-        next(first)
+    second = loader.epoch()
+    got = [next(second).labels.tolist()]
+    if not resident:  # of a set that stays, an epoch has all that it needs when it begins
+        with pytest.raises(RuntimeError, match="later one"):
+            list(first)
+    else:
+        list(first)
+    got += [batch.labels.tolist() for batch in second]
+    assert [got, [batch.labels.tolist() for batch in loader.epoch()]] == expected
+
+
+def three_epochs(loader: Loader) -> list:
+    return [list(loader.epoch()) for _ in range(3)]
+
+
+def test_a_closed_loader_ends(noise: np.ndarray) -> None:
+    loader = arrays(noise)
+    epoch = loader.epoch()
+    next(epoch)
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(epoch)
 
 
 def test_affine_maps() -> None:

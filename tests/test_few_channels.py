@@ -105,16 +105,6 @@ def test_what_is_no_number_is_not_hidden_by_relu() -> None:
 
 
 @pytest.mark.gpu
-def test_one_output_channel_has_gradients_of_its_own() -> None:
-    images, weight, bias = case((1, 3, 1, 8, 8), torch.float32, True, "cuda")
-    weight.requires_grad_()
-    bias.requires_grad_()
-    conv(images, weight, bias, 0, True).sum().backward()
-    assert weight.grad is not None
-    assert bias.grad is not None
-
-
-@pytest.mark.gpu
 def test_gradients_through_torch_compile() -> None:
     """A chain of two, as networks use it: the first with images that need no gradient, the second transposed."""
     images, weight, bias = case(SHAPES[0], torch.float32, True, "cuda")
@@ -153,11 +143,12 @@ def test_shapes_that_the_kernels_do_not_take() -> None:
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(75, "fp16"), (75, "fp32"), (90, "bf16"), (90, "fp32")])
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("kernel", [conv_kernel, weight_gradient_kernel], ids=["conv", "weights"])
-def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel) -> None:
+def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel, mirrored: bool) -> None:
     values = {"INPUTS": 8, "OUTPUTS": 4, "WIDE": 4, "PADDING": 0, "MASKED": True}
     if kernel is conv_kernel:
-        values |= {"BIASED": True, "RELU": True, "MIRRORED": False, "BLOCK": few_channels.BLOCK}
+        values |= {"BIASED": True, "RELU": True, "MIRRORED": mirrored, "BLOCK": few_channels.BLOCK}
     else:
         values |= {"TASKS": 8, "BLOCK": few_channels.BLOCK_OF_GRADIENT}
     pointers = {"images": dtype, "mask": dtype, "gradient": dtype, "out": dtype}
@@ -172,6 +163,27 @@ def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel) -> N
     assert ("bf16" in compiled.asm["ptx"]) == (dtype == "bf16")
 
 
+def compare_gradients() -> None:
+    """Through autograd, both directions, by the custom operators, which a CPU takes in the interpreter alone."""
+    for transposed, relu, padding, (i, o) in product((False, True), (False, True), (0, 1, 2), ((3, 8), (4, 1))):
+        draw = torch.Generator().manual_seed(0)
+        images = torch.randn(2, i, 7, 6, generator=draw)
+        weight = torch.randn((i, o, 3, 3) if transposed else (o, i, 3, 3), generator=draw)
+        found = []
+        for ours in (True, False):
+            inputs = [tensor.clone().requires_grad_() for tensor in (images, weight, torch.linspace(-1, 1, o))]
+            if ours:
+                out = few_channels._conv(*inputs, 2 - padding if transposed else padding, relu, transposed)
+            else:
+                out = (F.conv_transpose2d if transposed else F.conv2d)(*inputs, padding=padding)
+                out = out.relu() if relu else out
+            (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+            found.append([out.detach(), *(tensor.grad for tensor in inputs)])
+        for got, expected in zip(*found, strict=True):
+            close(got, expected, 1e-5)
+
+
 if __name__ == "__main__":
+    compare_gradients()
     compare_kernels_with_float64("cpu", product(SHAPES, TOLERANCE, (0, 1, 2)))
     print("equal")

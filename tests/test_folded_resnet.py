@@ -33,23 +33,26 @@ def test_folded_features_are_those_of_the_network() -> None:
 
 def test_the_transfer_network_keeps_its_head_and_takes_any_type_of_images() -> None:
     network = ResNet50Transfer(5, None).eval()
+    network.features = used_resnet()
     images = torch.randn(2, 3, 64, 64)
-    expected = network(images)
+    expected = network.features(images)
     head = dict(network.head.named_parameters())
     fuse(network, torch.bfloat16)
     assert all(value is head[name] for name, value in network.head.named_parameters())
     assert [name for name, value in network.named_parameters() if value.requires_grad] == [f"head.{n}" for n in head]
     network.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        for given in (images, images.bfloat16()):
-            torch.testing.assert_close(network(given).float(), expected, atol=0.05, rtol=0.1)
+    for given in (images, images.bfloat16()):
+        found = network.features(given)
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).norm() < 0.03 * expected.norm()
+        assert (0.9 * expected - expected).norm() > 0.03 * expected.norm()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("adds", [False, True])
 def test_one_kernel_computes_the_same_on_a_gpu(dtype: torch.dtype, adds: bool) -> None:
-    for channels, outputs, side, stride, padding in ((3, 64, 7, 2, 3), (64, 256, 1, 1, 0), (64, 64, 3, 2, 1)):
+    for channels, outputs, side, stride, padding in ((64, 256, 1, 1, 0), (64, 64, 3, 1, 1), (64, 64, 3, 2, 1)):
         images = torch.randn(4, channels, 32, 32, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
         weight = 0.1 * torch.randn(outputs, channels, side, side, device="cuda", dtype=dtype)
         weight = weight.to(memory_format=torch.channels_last)
@@ -59,6 +62,8 @@ def test_one_kernel_computes_the_same_on_a_gpu(dtype: torch.dtype, adds: bool) -
         if added is not None:
             inputs = (images.double(), weight.double(), bias.double(), added.double())
             exact = conv_relu_reference(*inputs, stride, padding)
+        stale = torch.full((64 << 20,), torch.nan, device="cuda", dtype=dtype)  # what reused memory may hold
+        del stale
         found = torch.compile(conv_relu, fullgraph=True)(images, weight, bias, added, stride, padding)
         assert found.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(found.double(), exact, atol=0.05, rtol=0.02)

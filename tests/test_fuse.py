@@ -1,12 +1,16 @@
 """Kernels in networks: which layers they take, and that a network computes and learns the same with them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from netdyno.bench.fuse import Replacement, fuse
+from netdyno.bench.step import make_step
+from netdyno.bench.tuning import tuned
+from netdyno.bench.workloads import Workload, dcgan, mnist_cnn
 from netdyno.models.cifar10_cnn import Cifar10Cnn
 from netdyno.models.cifar100_cnn import Cifar100Cnn
 from netdyno.models.conv_autoencoder import ConvAutoencoder
@@ -78,3 +82,29 @@ def test_what_no_kernel_does_is_left_alone(layers: list[nn.Module]) -> None:
     network = nn.Sequential(*layers)
     fuse(network, torch.float32)
     assert list(network) == layers
+
+
+@pytest.mark.parametrize(
+    ("workload", "make", "shape"),
+    [(mnist_cnn(), MnistCnn, (1, 28, 28)), (dcgan(), lambda: Dcgan(width=8), (3, 64, 64))],
+)
+def test_a_fused_network_trains_the_same_compiled(
+    workload: Workload, make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    """Three steps as a run makes them: the discriminator called with other weights by their names, too."""
+    tuning = replace(tuned(None), precision="fp32")
+    workload = replace(workload, recipe=replace(workload.quick, batch_size=8))
+    found = []
+    for fused in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        network = make().to(memory_format=torch.channels_last).train()
+        if fused:
+            fuse(network, torch.float32)
+        step, _ = make_step(workload, network, tuning, torch.device("cpu"), steps=3)
+        torch.manual_seed(1)
+        images = torch.rand(8, *shape).contiguous(memory_format=torch.channels_last)
+        found.append([step(images, torch.arange(8)).item() for _ in range(3)])
+    torch._dynamo.reset()
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0][0] != pytest.approx(found[0][2], rel=1e-3)

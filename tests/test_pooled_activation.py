@@ -34,6 +34,7 @@ def compare(function, dtype: torch.dtype, device: str, tolerance: float) -> None
             function, images, bias if bias is None or dtype == torch.float64 else bias.float(), activation
         )
         assert found[0].dtype == found[1].dtype == dtype
+        assert found[1].is_contiguous(memory_format=torch.channels_last)  # or cuDNN would turn it
         expected = gradients(pooled_activation_reference, images.double(), bias, activation)
         for got, exact in zip(found, expected, strict=True):
             assert (got is None) == (exact is None)

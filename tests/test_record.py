@@ -219,9 +219,11 @@ def test_the_code_hash_follows_what_decides_a_measurement(tmp_path: Path, monkey
         (tmp_path / name).write_text("# another\n")
     assert records.code_hash() in seen
 
+    imported = re.findall(r"^from \.([a-z_]+) import", (ROOT / "bench" / "child.py").read_text(), re.MULTILINE)
+    assert {"fuse", "step", "measure"} < set(imported)
     for name in (
         "bench/child.py",
-        "bench/tuning.py",
+        *(f"bench/{name}.py" for name in imported if name not in ("data", "errors", "stats")),
         "bench/data/dali.py",
         "kernels/augment.py",
         "models/mnist_cnn.py",

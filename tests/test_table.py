@@ -185,11 +185,11 @@ def test_rows_that_would_read_the_same_say_what_sets_them_apart() -> None:
 def test_a_row_of_an_older_timing_version_says_so() -> None:
     older, newer = make(1, workload="cifar10-cnn"), make(2, timing_version=2)
     lines = table.to_markdown([older, newer]).splitlines()
-    assert "- ¹ timing version 1, others 2" in lines
+    assert "- ¹ timing version 1, newest 2" in lines
     assert [line.split("|")[1].strip() for line in lines if "-cnn" in line] == ["cifar10-cnn¹", "mnist-cnn"]
     assert "timing version" not in table.to_markdown([older, make(2)])
     elsewhere = table.to_markdown([make(1, suite="source"), newer])  # in a table of its own it is no newer
-    assert "- ¹ timing version 1, others 2" in elsewhere
+    assert "- ¹ timing version 1, newest 2" in elsewhere
 
 
 def test_what_weakens_a_number_stands_beside_it() -> None:

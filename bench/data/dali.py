@@ -9,7 +9,7 @@ image by image, one batch an iteration.
 
 Everything random is drawn on the host from a generator keyed by (seed, epoch) and travels with the images, so that an
 epoch is the same on every device. Iterations follow each other without end. The next one is taken from DALI while the
-device is busy with the first batch of this one, also across the border of epochs, so that no epoch begins with a wait.
+device is busy with the first batches of this one, also across the border of epochs.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-RESIDENT_BYTES = 1 << 30  # a sixteenth of a T4's memory
+RESIDENT_BYTES = 1 << 30  # of one set: a sixteenth of a T4's memory
 SUPER_BATCH_IMAGES = 16_384
-SUPER_BATCH_BYTES = 64 << 20  # two or three of them are on the device at a time: DALI's queue and the one in use
+SUPER_BATCH_BYTES = 64 << 20  # up to four are on the device at a time: DALI's queue, the next and the one in use
 STEPS_AT_ONCE = 32  # of a captured step, at most …
 PARTS_OF_EPOCH = 8  # … and so few that an epoch has as many blocks, since a block of time is a replay or more
 DECODE_CHUNK = 256
@@ -286,7 +286,7 @@ class _DaliLoader:
 
     def close(self) -> None:
         self._pipeline = None  # the last reference: DALI's threads end
-        self._latest = []
+        self._stored, self._latest = None, []  # what they take on the device goes too, whoever still has the loader
         self._end_source()
 
     def _batches(self, first_run: int) -> Iterator[Batch]:
@@ -314,7 +314,9 @@ class _DaliLoader:
                     valid=min(len(batch), self.images_per_epoch - (first_batch + k) * self._batch_size),
                     batches=at_once,
                 )
-                if k == 0:  # the device is busy with what was just handed over
+                if self._pipeline is None:
+                    raise RuntimeError("this loader is closed")
+                if k == 0 and self._next_run == first_run + run + 1:  # the device is busy with what was handed over
                     self._advance()
 
     def _super_batch(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -397,6 +399,8 @@ def _bring(images: np.ndarray, device: torch.device) -> Tensor:
     for part in parts:
         (output,) = _run(pipeline, _stream(device), ())
         feed_ndarray(output.as_tensor(), part[None], cuda_stream=_stream(device))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # before the pipeline goes, and its memory with it
     return brought
 
 
