@@ -386,7 +386,7 @@ def verify(names: SetNames = None, data: DataOption = None) -> None:
 
 
 cli_regress.register(app)  # compare, gate, baseline update, ab, bisect, history
-cli_report.register(app)  # report, pack, merge
+cli_report.register(app)  # report, pack, merge, import-benchmarks
 cli_doctor.register(app)  # doctor
 cli_project.register(app)  # project
 

@@ -104,7 +104,7 @@ def ab(
     results: Kept = Path("results/local/ab"),
     data: Data = None,
 ) -> None:
-    """Run two commits in turn until it is clear which is better.
+    """Run two commits in turn until the better one is clear.
 
     Exit codes are those of the gate.
     """
@@ -125,7 +125,7 @@ def bisect(
     results: Kept = Path("results/local/ab"),
     data: Data = None,
 ) -> None:
-    """Find the commit that made a case worse, by git bisect run."""
+    """Find the commit that made a case worse, by bisection."""
     found = contests.bisect(good, bad, contest(case, repeats, budget, results, data), say)
     if found.commit is None:
         say(f"not found: the commits that are left can't be measured\n{found.log.rstrip()}")
@@ -155,7 +155,7 @@ def history(
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, as SVG, PNG or PDF by its name.")
     ] = None,
 ) -> None:
-    """Show where the level of a case changed, and by which commit."""
+    """Show where the level of a case changed, by commit."""
     from . import history as histories
 
     found = histories.series_of(gates.read_records(str(results), results), case)

@@ -1,4 +1,4 @@
-"""The commands that show and collect records: report, pack and merge. `cli.py` registers them."""
+"""The commands that show and collect records: report, pack, merge and import-benchmarks. `cli.py` registers them."""
 
 from enum import Enum
 from pathlib import Path
@@ -21,7 +21,7 @@ class ReportFormat(str, Enum):
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
-    for command in (report, pack, merge):
+    for command in (report, pack, merge, import_benchmarks):
         app.command()(command)
 
 
@@ -90,3 +90,13 @@ def merge(
     for merged in collect.merge(packs, results):
         names = ", ".join(merged.machines)
         typer.echo(f"{merged.pack}: {merged.added:,} records of {names} added, {merged.known:,} were there already")
+
+
+def import_benchmarks(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What pytest --benchmark-json=FILE wrote.")],
+    results: ResultsOption = Path("results"),
+) -> None:
+    """Make records of a report of pytest-benchmark."""
+    from . import imported
+
+    typer.echo(f"{len(imported.import_benchmarks(file, results)):,} records written to {results}")

@@ -120,7 +120,7 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
 
     def workload(row: Row) -> str:
         apart = [_distinction(row, siblings[_visible(row)])]
-        if row.ok and row.timing_version != section.newest:
+        if row.ok and row.timing_version not in (None, section.newest):
             own, newest = (figure(version, count=True) for version in (row.timing_version, section.newest))
             apart.append(f"timing version {own}, newest {newest}")
         return notes.mark(_workload(row), ", ".join(part for part in apart if part))

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from netdyno.kernels.few_channels import conv, conv_reference
@@ -29,7 +28,7 @@ def loss_of(function: Callable[..., Tensor], images: Tensor, parameters: list[Te
     ],
 )
 @pytest.mark.benchmark(group="autoencoder, forward and backward")
-def test_few_channels(benchmark: BenchmarkFixture, name: str, function: Callable[..., Tensor], device: str) -> None:
+def test_few_channels(rate: Callable[..., None], name: str, function: Callable[..., Tensor], device: str) -> None:
     on_gpu = device == "cuda"
     batch = 4_096 if on_gpu else 16
     images = torch.rand(batch, 3, 32, 32, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
@@ -37,12 +36,4 @@ def test_few_channels(benchmark: BenchmarkFixture, name: str, function: Callable
     shapes = [shape for i, o, _, _ in LAYERS for shape in ((o, i, 3, 3), (o,))]
     parameters = [(0.2 * torch.randn(shape, device=device)).requires_grad_() for shape in shapes]
     loss = torch.compile(loss_of, fullgraph=True) if on_gpu else loss_of
-
-    def run() -> None:
-        torch.autograd.grad(loss(function, images, parameters), parameters)
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=10 if on_gpu else 3, warmup_rounds=3 if on_gpu else 1)
-    if benchmark.stats:  # none under --benchmark-disable
-        benchmark.extra_info["images_per_s"] = batch / benchmark.stats.stats.median
+    rate(lambda: torch.autograd.grad(loss(function, images, parameters), parameters), batch, on_gpu=on_gpu)

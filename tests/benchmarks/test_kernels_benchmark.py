@@ -1,0 +1,49 @@
+"""Speed of pooled activation and patches, forward and backward, beside what they replace."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from netdyno.kernels import patches
+from netdyno.kernels.pooled_activation import pooled_activation, pooled_activation_reference
+
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
+
+
+def through(function: Callable[..., Tensor], device: str, inputs: list[Tensor]) -> Callable[[], object]:
+    """A call forward and backward of `function`, compiled on a GPU, in 16 bits there."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    given = [tensor.to(device, dtype).requires_grad_() for tensor in inputs]
+    run = torch.compile(lambda *some: function(*some).square().mean(), fullgraph=True, dynamic=False)
+    run = run if device == "cuda" else lambda *some: function(*some).square().mean()
+    return lambda: torch.autograd.grad(run(*given), given)
+
+
+@pytest.mark.benchmark(group="bias, ReLU and pooling of 32 channels at 32×32, both ways")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", [pooled_activation, pooled_activation_reference], ids=["kernel", "reference"])
+def test_pooled_activation(rate: Callable[..., None], function: Callable[..., Tensor], device: str) -> None:
+    torch._dynamo.reset()
+    batch = 512 if device == "cuda" else 8
+    images = torch.randn(batch, 32, 32, 32).contiguous(memory_format=torch.channels_last)
+    run = through(lambda x, bias: function(x, bias, "relu"), device, [images, torch.randn(32)])
+    rate(run, batch, on_gpu=device == "cuda")
+
+
+@pytest.mark.benchmark(group="first layer, 3 → 32 channels at 32×32, forward and weights")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("by_patches", [True, False], ids=["kernel", "reference"])
+def test_patches(rate: Callable[..., None], by_patches: bool, device: str) -> None:
+    torch._dynamo.reset()
+    batch = 512 if device == "cuda" else 8
+    images = torch.randn(batch, 3, 32, 32, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    images = images.contiguous(memory_format=torch.channels_last)
+
+    def conv(weight: Tensor, bias: Tensor) -> Tensor:
+        return patches.conv(images, weight, bias, 1, 1) if by_patches else F.conv2d(images, weight, bias, padding=1)
+
+    run = through(conv, device, [torch.randn(32, 3, 3, 3), torch.randn(32)])
+    rate(run, batch, on_gpu=device == "cuda")
