@@ -32,9 +32,8 @@ class Coordinates:
         self._filters = [weight for weight in parameters if weight.shape[2:] == (3, 3)]
         count = sum(weight.numel() for weight in self._filters)
         widest = max(9 * _channels(weight) for weight in self._filters)
-        block = torch.arange(count)[:, None].repeat(
-            1, widest
-        )  # for each coordinate the places of its block, and its own
+        # For each coordinate the places of its block; what is left of a row is its own, at a factor of zero.
+        block = torch.arange(count)[:, None].repeat(1, widest)
         there = torch.zeros(count, widest)
         back = torch.zeros(count, widest)
         start = 0

@@ -161,6 +161,8 @@ def run(
     here = machine.describe()
     if here["gpu"] is None and any(TUNINGS[name](None).needs_gpu for name in tunings):
         raise UserError("--tuning t4 needs a CUDA GPU, and no NVIDIA driver with one was found here")
+    if mode is Mode.loader and find_batch_size:
+        raise UserError("--find-batch-size trains, and --mode loader does not: leave one of them out")
     if here["gpu"] is None and find_batch_size:
         raise UserError(
             "--find-batch-size needs a CUDA GPU: nothing ends a CPU's memory before the machine stands still"
@@ -207,7 +209,7 @@ def run(
         raise typer.Exit(2 if user_errors else 1)
 
 
-def say_batch_sizes(cases: "list[Any]", root: Path, here: dict[str, Any]) -> None:
+def say_batch_sizes(cases: list[Any], root: Path, here: dict[str, Any]) -> None:
     """Searches and prints the largest batch of each case."""
     from .batch_size import find_batch_size
     from .data import prepared
@@ -311,7 +313,7 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def netdyno(
-    of_netdyno: Annotated[
+    show_the_version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:

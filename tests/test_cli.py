@@ -309,6 +309,9 @@ def test_the_largest_batch_of_each_case(
 ) -> None:
     assert "--find-batch-size needs a CUDA GPU" in netdyno("run", "mnist-cnn", "--find-batch-size").err
     monkeypatch.setattr(machine, "describe", lambda: {"slug": "a-card", "gpu": "a card", "versions": {}})
+    loads = netdyno("run", "mnist-cnn", "--mode", "loader", "--find-batch-size")
+    assert (loads.code, len(loads.err.splitlines())) == (2, 1)
+    assert "leave one of them out" in loads.err
     asked = []
 
     def find(case: Any, *, images: int, **rest: Any) -> Found:

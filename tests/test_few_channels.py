@@ -89,8 +89,9 @@ def test_kernels_equal_float64_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 def test_kernels_equal_float64_on_the_gpu() -> None:
-    """Each shape in every type, but at one padding: every combination is a kernel to be compiled."""
-    cases = [(shape, dtype, n % 3) for n, (shape, dtype) in enumerate(product(SHAPES + LARGE, TOLERANCE))]
+    """Each shape in every type, but at one padding, every type at each of them: each combination is to be compiled."""
+    shapes = SHAPES + LARGE
+    cases = [(shape, dtype, (i + j) % 3) for i, shape in enumerate(shapes) for j, dtype in enumerate(TOLERANCE)]
     compare_kernels_with_float64("cuda", cases)
 
 
