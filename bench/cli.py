@@ -37,7 +37,7 @@ class Suite(str, Enum):
 
 class TuningName(str, Enum):
     tuned = "tuned"
-    kernels = "kernels"
+    captured = "captured"
     dali = "dali"
     compiled = "compiled"
     channels_last = "channels-last"

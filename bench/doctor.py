@@ -178,7 +178,7 @@ def _tried(name: str, advice: str) -> Finding:
 
 def _probe(name: str) -> str:
     """The last line that a probe prints, run with an empty compiler cache; ProbeFailed where it does not end well."""
-    from .runner import CHILD_ENVIRONMENT, end  # it imports torch
+    from .runner import child_environment, end  # it imports torch
 
     with (
         tempfile.TemporaryDirectory(prefix="netdyno-", ignore_cleanup_errors=True) as cache,
@@ -190,7 +190,7 @@ def _probe(name: str) -> str:
             stdout=out,
             stderr=errors,
             text=True,
-            env=CHILD_ENVIRONMENT | os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache},
+            env=child_environment() | {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache},
             start_new_session=True,  # so that its workers end with it
         )
         try:

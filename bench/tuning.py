@@ -68,22 +68,22 @@ def dali(capability: Capability) -> Tuning:
     return replace(compiled(capability), name="dali", loader="dali")
 
 
+def captured(capability: Capability) -> Tuning:
+    """`dali`, and on a GPU captured."""
+    return replace(dali(capability), name="captured", capture=capability is not None)
+
+
 def tuned(capability: Capability) -> Tuning:
-    """The default: `dali`, and on a GPU captured."""
-    return replace(dali(capability), name="tuned", capture=capability is not None)
+    """The default: `captured`, and on a GPU with the kernels."""
+    return replace(captured(capability), name="tuned", kernels=capability is not None)
 
 
-def kernels(capability: Capability) -> Tuning:
-    """`tuned` with the kernels; not the default before they have won on a card."""
-    return replace(tuned(capability), name="kernels", kernels=True)
-
-
-LADDER = ("eager", "amp", "channels-last", "compiled", "dali", "tuned", "kernels")
+LADDER = ("eager", "amp", "channels-last", "compiled", "dali", "captured", "tuned")
 
 
 def fp32(capability: Capability) -> Tuning:
-    """`tuned` without mixed precision: what AMP gains, and how the source recipes are run for their accuracy."""
-    return replace(tuned(capability), name="fp32", precision="fp32")
+    """`captured` without mixed precision: what AMP gains, and how the source recipes are run for their accuracy."""
+    return replace(captured(capability), name="fp32", precision="fp32")
 
 
 def t4(capability: Capability) -> Tuning:
@@ -92,5 +92,5 @@ def t4(capability: Capability) -> Tuning:
 
 
 TUNINGS: dict[str, Callable[[Capability], Tuning]] = {
-    make(None).name: make for make in (tuned, kernels, dali, compiled, channels_last, amp, eager, fp32, t4)
+    make(None).name: make for make in (tuned, captured, dali, compiled, channels_last, amp, eager, fp32, t4)
 }

@@ -1,8 +1,8 @@
 """3×3 convolutions of a few channels, such as those of first layers and of the autoencoder, with bias and ReLU fused.
 
 cuDNN pads 3, 4 and 8 channels to 32, or runs an implicit matrix product that is mostly empty. Here each output pixel is
-a sum over taps and input channels in fp32 registers: no tensor cores, so that Turing runs the same code. The mask of
-the ReLU is applied where a gradient is read, and never written.
+a sum over taps and input channels in fp32 registers: no tensor cores, so that Turing runs the same code. What the ReLU
+does to a gradient, and the bias's own, are left to torch.compile, which puts them into what it runs beside.
 
 Shapes: B images, I input and O output channels, [H, W] the input's and [HO, WO] the output's size, where HO is
 H + 2·padding - 2. A transposed convolution of stride 1 and padding q is a convolution of padding 2 - q with the
@@ -42,7 +42,6 @@ def conv_reference(images: Tensor, weight: Tensor, bias: Tensor | None, padding:
 @triton.jit
 def conv_kernel(
     images,
-    mask,
     weight,
     bias,
     out,
@@ -54,10 +53,6 @@ def conv_kernel(
     images_c,
     images_y,
     images_x,
-    mask_n,
-    mask_c,
-    mask_y,
-    mask_x,
     weight_o,
     weight_i,
     weight_tap,
@@ -66,7 +61,6 @@ def conv_kernel(
     WIDE: tl.constexpr,
     PADDING: tl.constexpr,
     MIRRORED: tl.constexpr,
-    MASKED: tl.constexpr,
     BIASED: tl.constexpr,
     RELU: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -74,19 +68,19 @@ def conv_kernel(
     """Programs: (image, block of its output pixels). MIRRORED: the taps. out: [B, O, HO, WO], contiguous."""
     n = tl.program_id(0).to(tl.int64)
     pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    on_image = pixel < out_height * out_width
     y, x = pixel // out_width, pixel % out_width
     o = tl.arange(0, WIDE)
     total = tl.zeros([WIDE, BLOCK], tl.float32)
-    for i in tl.static_range(INPUTS):
-        for tap in tl.static_range(9):
-            iy, ix = y + (tap // 3 - PADDING), x + (tap % 3 - PADDING)
-            inside = (pixel < out_height * out_width) & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
+    for tap in tl.static_range(9):
+        iy, ix = y + (tap // 3 - PADDING), x + (tap % 3 - PADDING)
+        inside = on_image
+        if PADDING:
+            inside = inside & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
+        turn = 8 - tap if MIRRORED else tap
+        for i in tl.static_range(INPUTS):
             at = images + n * images_n + i * images_c + iy * images_y + ix * images_x
             value = tl.load(at, mask=inside, other=0).to(tl.float32)
-            if MASKED:
-                kept = tl.load(mask + n * mask_n + i * mask_c + iy * mask_y + ix * mask_x, mask=inside, other=0)
-                value = tl.where(kept <= 0, 0.0, value)  # what is no number passes
-            turn = 8 - tap if MIRRORED else tap
             at = weight + o * weight_o + i * weight_i + turn * weight_tap
             factor = tl.load(at, mask=o < OUTPUTS, other=0).to(tl.float32)
             total += factor[:, None] * value[None, :]
@@ -95,22 +89,22 @@ def conv_kernel(
     if RELU:
         total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
     at = out + (n * OUTPUTS + o[:, None]) * (out_height * out_width) + pixel[None, :]
-    stored = (o < OUTPUTS)[:, None] & (pixel < out_height * out_width)[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=stored)
+    tl.store(at, total.to(out.dtype.element_ty), mask=(o < OUTPUTS)[:, None] & on_image[None, :])
 
 
 @triton.jit
-def _behind(images, y, x, on_image, height, width, stride_y, stride_x):
+def _pixels(channel, y, x, on_image, height, width, stride_y, stride_x, PADDING: tl.constexpr):
     """The pixels (y, x) of one channel in fp32, zero outside."""
-    inside = on_image & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return tl.load(images + y * stride_y + x * stride_x, mask=inside, other=0).to(tl.float32)[None, :]
+    inside = on_image
+    if PADDING:
+        inside = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return tl.load(channel + y * stride_y + x * stride_x, mask=inside, other=0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def weight_gradient_kernel(
     images,
     gradient,
-    mask,
     partial,
     count,
     height,
@@ -125,23 +119,17 @@ def weight_gradient_kernel(
     gradient_c,
     gradient_y,
     gradient_x,
-    mask_n,
-    mask_c,
-    mask_y,
-    mask_x,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     WIDE: tl.constexpr,
     PADDING: tl.constexpr,
-    MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
     TASKS: tl.constexpr,
 ):
-    """Programs: (input channel, or the bias; part of the images). The sums of a channel's nine taps stay in registers.
+    """Programs: (input channel, part of the images). The sums of a channel's nine taps stay in registers.
 
-    gradient: of the output; mask: the output, whose zeros it does not pass. partial: fp32 [parts, 9·I + 1, O]: the sums
-    of each part, the bias last. Parts are summed up later, in one order, so that the result is the same each time.
-    TASKS: blocks of pixels for each program.
+    gradient: of the output. partial: fp32 [parts, I, 9, O]: the sums of each part. They are summed up later, in one
+    order, so that the result is the same each time. TASKS: blocks of pixels for each program.
     """
     i, part = tl.program_id(0), tl.program_id(1)
     o = tl.arange(0, WIDE)
@@ -160,57 +148,38 @@ def weight_gradient_kernel(
         task = turn * tl.num_programs(1) + part
         n = tl.minimum(task // blocks, count - 1).to(tl.int64)
         pixel = tl.where(task < count * blocks, task % blocks * BLOCK + tl.arange(0, BLOCK), pixels)
-        on_image = pixel < pixels
+        on = pixel < pixels
         y, x = pixel // out_width, pixel % out_width
-        whole = (o < OUTPUTS)[:, None] & on_image[None, :]
         at = gradient + n * gradient_n + o[:, None] * gradient_c + (y * gradient_y + x * gradient_x)[None, :]
-        slope = tl.load(at, mask=whole, other=0).to(tl.float32)
-        if MASKED:
-            at = mask + n * mask_n + o[:, None] * mask_c + (y * mask_y + x * mask_x)[None, :]
-            kept = tl.load(at, mask=whole, other=0)
-            slope = tl.where(kept <= 0, 0.0, slope)
-        if i == INPUTS:
-            t0 += slope
-        else:
-            channel = images + n * images_n + i * images_c
-            y -= PADDING
-            x -= PADDING
-            t0 += slope * _behind(channel, y, x, on_image, height, width, images_y, images_x)
-            t1 += slope * _behind(channel, y, x + 1, on_image, height, width, images_y, images_x)
-            t2 += slope * _behind(channel, y, x + 2, on_image, height, width, images_y, images_x)
-            t3 += slope * _behind(channel, y + 1, x, on_image, height, width, images_y, images_x)
-            t4 += slope * _behind(channel, y + 1, x + 1, on_image, height, width, images_y, images_x)
-            t5 += slope * _behind(channel, y + 1, x + 2, on_image, height, width, images_y, images_x)
-            t6 += slope * _behind(channel, y + 2, x, on_image, height, width, images_y, images_x)
-            t7 += slope * _behind(channel, y + 2, x + 1, on_image, height, width, images_y, images_x)
-            t8 += slope * _behind(channel, y + 2, x + 2, on_image, height, width, images_y, images_x)
-    at = partial + (part * (9 * INPUTS + 1) + 9 * i).to(tl.int64) * OUTPUTS + o
+        slope = tl.load(at, mask=(o < OUTPUTS)[:, None] & on[None, :], other=0).to(tl.float32)
+        channel = images + n * images_n + i * images_c
+        y -= PADDING
+        x -= PADDING
+        t0 += slope * _pixels(channel, y, x, on, height, width, images_y, images_x, PADDING)
+        t1 += slope * _pixels(channel, y, x + 1, on, height, width, images_y, images_x, PADDING)
+        t2 += slope * _pixels(channel, y, x + 2, on, height, width, images_y, images_x, PADDING)
+        t3 += slope * _pixels(channel, y + 1, x, on, height, width, images_y, images_x, PADDING)
+        t4 += slope * _pixels(channel, y + 1, x + 1, on, height, width, images_y, images_x, PADDING)
+        t5 += slope * _pixels(channel, y + 1, x + 2, on, height, width, images_y, images_x, PADDING)
+        t6 += slope * _pixels(channel, y + 2, x, on, height, width, images_y, images_x, PADDING)
+        t7 += slope * _pixels(channel, y + 2, x + 1, on, height, width, images_y, images_x, PADDING)
+        t8 += slope * _pixels(channel, y + 2, x + 2, on, height, width, images_y, images_x, PADDING)
+    at = partial + ((part * INPUTS + i) * 9).to(tl.int64) * OUTPUTS + o
     tl.store(at, tl.sum(t0, 1), mask=o < OUTPUTS)
-    if i < INPUTS:
-        tl.store(at + OUTPUTS, tl.sum(t1, 1), mask=o < OUTPUTS)
-        tl.store(at + 2 * OUTPUTS, tl.sum(t2, 1), mask=o < OUTPUTS)
-        tl.store(at + 3 * OUTPUTS, tl.sum(t3, 1), mask=o < OUTPUTS)
-        tl.store(at + 4 * OUTPUTS, tl.sum(t4, 1), mask=o < OUTPUTS)
-        tl.store(at + 5 * OUTPUTS, tl.sum(t5, 1), mask=o < OUTPUTS)
-        tl.store(at + 6 * OUTPUTS, tl.sum(t6, 1), mask=o < OUTPUTS)
-        tl.store(at + 7 * OUTPUTS, tl.sum(t7, 1), mask=o < OUTPUTS)
-        tl.store(at + 8 * OUTPUTS, tl.sum(t8, 1), mask=o < OUTPUTS)
+    tl.store(at + OUTPUTS, tl.sum(t1, 1), mask=o < OUTPUTS)
+    tl.store(at + 2 * OUTPUTS, tl.sum(t2, 1), mask=o < OUTPUTS)
+    tl.store(at + 3 * OUTPUTS, tl.sum(t3, 1), mask=o < OUTPUTS)
+    tl.store(at + 4 * OUTPUTS, tl.sum(t4, 1), mask=o < OUTPUTS)
+    tl.store(at + 5 * OUTPUTS, tl.sum(t5, 1), mask=o < OUTPUTS)
+    tl.store(at + 6 * OUTPUTS, tl.sum(t6, 1), mask=o < OUTPUTS)
+    tl.store(at + 7 * OUTPUTS, tl.sum(t7, 1), mask=o < OUTPUTS)
+    tl.store(at + 8 * OUTPUTS, tl.sum(t8, 1), mask=o < OUTPUTS)
 
 
 def conv_triton(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: int,
-    relu: bool,
-    mask: Tensor | None = None,
-    *,
-    transposed: bool = False,
+    images: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu: bool, *, transposed: bool = False
 ) -> Tensor:
-    """`conv_reference` by the kernel, summed up in fp32; contiguous.
-
-    mask: [B, I, H, W]; the images count as zero where it is not above zero. transposed: by the `turned` weight.
-    """
+    """`conv_reference` by the kernel, summed up in fp32; contiguous. transposed: by the `turned` weight."""
     b, i, h, w = images.shape
     o_stride, i_stride, _, tap_stride = weight.stride()
     if weight.stride(2) != 3 * tap_stride:
@@ -220,12 +189,10 @@ def conv_triton(
     if transposed:
         o, o_stride, i_stride = weight.shape[1], i_stride, o_stride
     out = torch.empty(b, o, h + 2 * padding - 2, w + 2 * padding - 2, dtype=images.dtype, device=images.device)
-    kept = images if mask is None else mask
     grid = (b, triton.cdiv(out.shape[2] * out.shape[3], BLOCK))
     with torch.cuda.device_of(images):
         conv_kernel[grid](
             images,
-            kept,
             weight,
             out if bias is None else bias,
             out,
@@ -233,7 +200,6 @@ def conv_triton(
             w,
             *out.shape[2:],
             *images.stride(),
-            *kept.stride(),
             o_stride,
             i_stride,
             tap_stride,
@@ -242,7 +208,6 @@ def conv_triton(
             WIDE=triton.next_power_of_2(o),
             PADDING=padding,
             MIRRORED=transposed,
-            MASKED=mask is not None,
             BIASED=bias is not None,
             RELU=relu,
             BLOCK=BLOCK,
@@ -250,22 +215,25 @@ def conv_triton(
     return out
 
 
-def weight_gradient_triton(images: Tensor, gradient: Tensor, mask: Tensor | None, padding: int) -> Tensor:
-    """The gradients of the weights and the bias, in fp32 [9·I + 1, O]: by input channel and tap, the bias last.
+def parts_of(images: Tensor, gradient: Tensor) -> int:
+    """Into how many parts the images of a weight gradient are cut."""
+    tasks = len(images) * triton.cdiv(gradient.shape[2] * gradient.shape[3], BLOCK_OF_GRADIENT)
+    return max(1, min(PROGRAMS // images.shape[1], tasks))
 
-    gradient: [B, O, HO, WO], of the output. mask: the output under ReLU; where it is not above zero the gradient does
-    not pass.
+
+def weight_gradient_triton(images: Tensor, gradient: Tensor, padding: int) -> Tensor:
+    """The gradient of the weights in fp32, by part of the images, input channel and tap: [parts, I, 9, O].
+
+    gradient: [B, O, HO, WO], of the output.
     """
     b, i, h, w = images.shape
     o, out_h, out_w = gradient.shape[1:]
-    tasks = b * triton.cdiv(out_h * out_w, BLOCK_OF_GRADIENT)
-    parts = max(1, min(PROGRAMS // (i + 1), tasks))
-    partial = torch.empty(parts, 9 * i + 1, o, dtype=torch.float32, device=images.device)
+    parts = parts_of(images, gradient)
+    partial = torch.empty(parts, i, 9, o, dtype=torch.float32, device=images.device)
     with torch.cuda.device_of(images):
-        weight_gradient_kernel[(i + 1, parts)](
+        weight_gradient_kernel[(i, parts)](
             images,
             gradient,
-            gradient if mask is None else mask,
             partial,
             b,
             h,
@@ -274,22 +242,19 @@ def weight_gradient_triton(images: Tensor, gradient: Tensor, mask: Tensor | None
             out_w,
             *images.stride(),
             *gradient.stride(),
-            *(gradient if mask is None else mask).stride(),
             INPUTS=i,
             OUTPUTS=o,
             WIDE=triton.next_power_of_2(o),
             PADDING=padding,
-            MASKED=mask is not None,
             BLOCK=BLOCK_OF_GRADIENT,
-            TASKS=triton.cdiv(tasks, parts),
+            TASKS=triton.cdiv(b * triton.cdiv(out_h * out_w, BLOCK_OF_GRADIENT), parts),
         )
-    return partial.sum(0)
+    return partial
 
 
-def unpacked(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of the gradients of weight, [O, I, 3, 3], and bias, [O], in what `weight_gradient_triton` gives."""
-    i, o = total.shape[0] // 9, total.shape[1]
-    return total[:-1].view(i, 3, 3, o).permute(3, 0, 1, 2), total[-1]
+def summed(partial: Tensor) -> Tensor:
+    """[O, I, 3, 3] from what `weight_gradient_triton` gives."""
+    return partial.sum(0).permute(2, 0, 1).unflatten(2, (3, 3))
 
 
 @torch.library.custom_op("netdyno::few_channel_conv", mutates_args=())
@@ -303,28 +268,28 @@ def _(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool, tr
     return images.new_empty(b, len(bias), h + 2 * padding - 2, w + 2 * padding - 2)
 
 
-@torch.library.custom_op("netdyno::few_channel_conv_behind", mutates_args=())
-def _behind_conv(gradient: Tensor, weight: Tensor, out: Tensor, padding: int, relu: bool, transposed: bool) -> Tensor:
+@torch.library.custom_op("netdyno::few_channel_conv_images", mutates_args=())
+def _of_images(gradient: Tensor, weight: Tensor, padding: int, transposed: bool) -> Tensor:
     """The gradient of the images."""
-    return conv_triton(gradient, weight, None, 2 - padding, False, out if relu else None, transposed=not transposed)
+    return conv_triton(gradient, weight, None, 2 - padding, False, transposed=not transposed)
 
 
-@_behind_conv.register_fake
-def _(gradient: Tensor, weight: Tensor, out: Tensor, padding: int, relu: bool, transposed: bool) -> Tensor:
+@_of_images.register_fake
+def _(gradient: Tensor, weight: Tensor, padding: int, transposed: bool) -> Tensor:
     b, _, h, w = gradient.shape
     channels = weight.shape[0] if transposed else weight.shape[1]
     return gradient.new_empty(b, channels, h - 2 * padding + 2, w - 2 * padding + 2)
 
 
 @torch.library.custom_op("netdyno::few_channel_conv_weights", mutates_args=())
-def _of_weights(gradient: Tensor, images: Tensor, out: Tensor, padding: int, relu: bool) -> Tensor:
-    """The gradients of weight and bias, packed as `weight_gradient_triton` gives them."""
-    return weight_gradient_triton(images, gradient, out if relu else None, padding)
+def _of_weights(images: Tensor, gradient: Tensor, padding: int) -> Tensor:
+    return weight_gradient_triton(images, gradient, padding)
 
 
 @_of_weights.register_fake
-def _(gradient: Tensor, images: Tensor, out: Tensor, padding: int, relu: bool) -> Tensor:
-    return images.new_empty(9 * images.shape[1] + 1, out.shape[1], dtype=torch.float32)
+def _(images: Tensor, gradient: Tensor, padding: int) -> Tensor:
+    shape = (parts_of(images, gradient), images.shape[1], 9, gradient.shape[1])
+    return images.new_empty(shape, dtype=torch.float32)
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
@@ -335,11 +300,13 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     images, weight, out = ctx.saved_tensors
     padding, relu, transposed = ctx.options
-    behind = _behind_conv(gradient, weight, out, *ctx.options) if ctx.needs_input_grad[0] else None
-    weights, bias = unpacked(_of_weights(gradient, images, out, padding, relu))
-    if transposed:
-        weights = turned(weights)
-    return behind, weights.to(weight.dtype), bias.to(weight.dtype), None, None, None
+    if relu:
+        gradient = torch.where(out <= 0, 0.0, gradient)  # what is no number passes
+    of_images = _of_images(gradient, weight, padding, transposed) if ctx.needs_input_grad[0] else None
+    # A transposed convolution's weights see the images where a convolution's see the gradient.
+    partial = _of_weights(gradient, images, 2 - padding) if transposed else _of_weights(images, gradient, padding)
+    bias = gradient.sum((0, 2, 3), dtype=torch.float32)
+    return of_images, summed(partial).to(weight.dtype), bias.to(weight.dtype), None, None, None
 
 
 _conv.register_autograd(_backward, setup_context=_keep)

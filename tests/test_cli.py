@@ -189,7 +189,7 @@ def test_without_a_command_there_is_help(netdyno: Any, arguments: list[str]) -> 
         ),
         (
             "run --tuning fast",
-            "'fast' is not one of 'tuned', 'kernels', 'dali', 'compiled', 'channels-last', 'amp', 'eager', 'fp32',"
+            "'fast' is not one of 'tuned', 'captured', 'dali', 'compiled', 'channels-last', 'amp', 'eager', 'fp32',"
             " 't4'",
         ),
         ("run --mode fast", "'fast' is not one of 'e2e', 'compute', 'loader'"),

@@ -112,6 +112,21 @@ emit(section="memory", value={"host_rss_peak_mib": 10.0, "limit_mib": None})
     assert len(events) == 8
 
 
+def test_the_child_keeps_bytecode_in_the_cache_where_it_must_not_lie_beside_the_sources(
+    go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")
+    say = f"measure(); emit(section='data', value={{name: os.environ.get(name) for name in {names}}})"
+    for write_none, prefix, found in (
+        ("1", None, str(tmp_path / "cache" / "netdyno" / "bytecode")),
+        ("1", "own", "own"),
+        (None, None, None),
+    ):
+        for name, value in zip(names, (write_none, prefix), strict=True):
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        assert go(say)["data"] == {names[0]: None, names[1]: found}
+
+
 def test_the_child_gets_its_order(go: Any, tmp_path: Path) -> None:
     before = time.time()
     record = go("measure(); emit(section='data', value=order)")
