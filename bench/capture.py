@@ -18,6 +18,7 @@ class Captured(Generic[Result]):
     """
 
     graphs = 0  # captured in this process: one more inside the timed region is a fault
+    reserved_before = 0  # the most that torch reserved before a capture, in bytes: trials of algorithms need much
     # By purpose, what a capture allocated at most, on top of all that was there: replays use it without allocating it.
     own_bytes: ClassVar[dict[str, int]] = {}
 
@@ -43,6 +44,7 @@ class Captured(Generic[Result]):
         with torch.cuda.stream(self._stream):
             self._function(*inputs)
         torch.cuda.synchronize()
+        Captured.reserved_before = max(Captured.reserved_before, torch.cuda.max_memory_reserved())
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         graph = torch.cuda.CUDAGraph()

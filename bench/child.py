@@ -37,7 +37,7 @@ from .data.loader import Batch, Loader
 from .data.prepared import ImageSet
 from .errors import UserError
 from .fuse import fuse
-from .measure import TIMING_VERSION, BlockClock, PeakMemory, mib, warm_up
+from .measure import TIMING_VERSION, BlockClock, MemoryParts, PeakMemory, mib, warm_up
 from .metrics import sliced_wasserstein
 from .order import Order
 from .stats import seconds_to_target
@@ -48,6 +48,7 @@ from .workloads import Workload, describe, resolve
 
 PICTURED_EPOCHS = {1, 2, 5, 10, 20, 50, 100}  # and the last
 TRACED_STEPS = 5
+LIBRARY_BYTES = 256 << 20  # what cuDNN and cuBLAS may ask for at their start
 BASELINE_WORKERS = 8  # of the DataLoader, or one a core where there are fewer
 
 Emit = Callable[..., None]
@@ -60,6 +61,9 @@ def run(order: Order, emit: Emit) -> None:
     tuning = TUNINGS[case.tuning](torch.cuda.get_device_capability() if device.type == "cuda" else None)
     torch.backends.cudnn.benchmark = tuning.compile
     torch.manual_seed(case.seed)
+    torch.empty(1, device=device)  # makes the CUDA context
+    parts = MemoryParts(device)
+    parts.take("context_mib")
 
     emit(stage="data")
     workload = resolve(case)
@@ -102,6 +106,7 @@ def run(order: Order, emit: Emit) -> None:
     emit(stage="compile" if tuning.compile else "warm-up")
     initial = {name: value.to("cpu", copy=True) for name, value in network.state_dict().items()}
     resident = Resident(loader)
+    parts.take("loaders_mib")
     loader.close()
     compile_s = first_calls(step, resident, evaluate)
     start_s = round(time.time() - order.started, 3)
@@ -111,6 +116,8 @@ def run(order: Order, emit: Emit) -> None:
     if tuning.compile:
         emit(section="compile", value={"warm_s": compile_s, "warm_start_s": start_s})
     steady = warm_up(lambda: step(resident.batch.images, resident.batch.labels))
+    parts.take("libraries_mib")
+    emit(section="memory", value=parts.parts | {"warm_up_reserved_mib": warm_up_reserved_mib(device)})
     network.load_state_dict(initial)
     for player in players:
         player.restart()
@@ -296,6 +303,13 @@ def first_calls(step: Step, resident: Resident, evaluate: Evaluate) -> float:
         return time.perf_counter() - start
 
     return round(both() - both(), 3)
+
+
+def warm_up_reserved_mib(device: torch.device) -> float | None:
+    """The most that torch reserved so far: more than training needs, where algorithms were tried out."""
+    if device.type != "cuda":
+        return None
+    return mib(max(torch.cuda.max_memory_reserved(), Captured.reserved_before))
 
 
 def new_graphs() -> int:
@@ -494,14 +508,27 @@ def main(order: Order) -> None:
             emit(status="failed", reason=str(error), user_error=True)
         except Diverged as error:
             emit(status="diverged", reason=str(error))
-        except torch.cuda.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                traceback.print_exc()
+                return emit(status="failed", reason=f"{type(error).__name__}: {first_line(error)}"[:500])
             captured = Captured.own_bytes.get("train", 0)
             peak = mib(torch.cuda.max_memory_allocated() + captured) if torch.cuda.is_available() else None
             emit(section="memory", value={"peak_allocated_mib": peak})
             emit(status="oom", reason=first_line(error))
-        except Exception as error:
-            traceback.print_exc()
-            emit(status="failed", reason=f"{type(error).__name__}: {first_line(error)}"[:500])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device's memory was the reason: torch says so of its own; libraries and the driver have their words.
+
+    A library that finds no room for its own state calls itself not initialised.
+    """
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    said = str(error).lower()
+    if "out of memory" in said or "alloc_failed" in said:
+        return True
+    return "not_initialized" in said and torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < LIBRARY_BYTES
 
 
 def first_line(error: Exception) -> str:

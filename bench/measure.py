@@ -22,6 +22,7 @@
   super-batches out of a captured run's peak memory and had blocks of up to an epoch.
 """
 
+import os
 import resource
 import time
 from collections import deque
@@ -32,6 +33,8 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+
+from .gpu import Gpu
 
 TIMING_VERSION = 3
 BLOCKS_PER_EPOCH = 20  # enough for a spread within the epoch; one synchronisation in 20th of an epoch costs nothing
@@ -159,6 +162,32 @@ class PeakMemory:
             "eval_peak_allocated_mib": self._peaks.get("eval allocated"),
             "host_rss_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1),
         }
+
+
+class MemoryParts:
+    """What of the GPU's memory is none of torch's: by NVML's count for this process, in MiB. None each on a CPU.
+
+    A part is the difference of two moments, and so an estimate: whatever else took or gave memory meanwhile is in it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._outside = 0.0
+        self.parts: dict[str, float | None] = {}
+
+    def take(self, name: str) -> None:
+        """What came since the part before is `name`; None where NVML does not know this process."""
+        self.parts[name] = None
+        if self._device.type != "cuda":
+            return
+        torch.cuda.synchronize()
+        with Gpu.open() as gpu:
+            used = None if gpu is None else gpu.process_memory_mib(os.getpid())
+        if used is None:
+            return
+        outside = used - mib(torch.cuda.memory_reserved(self._device))
+        self.parts[name] = round(outside - self._outside, 1)
+        self._outside = outside
 
 
 def mib(size: int) -> float:

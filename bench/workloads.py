@@ -111,7 +111,7 @@ class Workload:
 
 def mnist_cnn() -> Workload:
     """MNIST to 99.0 %. Source: SGD 0.01, momentum 0.9, batch 32, 10 epochs."""
-    recipe = Recipe(batch_size=1024, epochs=10, optimizer="sgd", learning_rate=0.2, momentum=0.9, schedule="one-cycle")
+    recipe = Recipe(batch_size=2048, epochs=12, optimizer="sgd", learning_rate=0.2, momentum=0.9, schedule="one-cycle")
     return Workload(
         name="mnist-cnn",
         dataset="mnist",
@@ -133,10 +133,10 @@ CIFAR10_PREPROCESS = Preprocess(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.24
 def cifar10_cnn() -> Workload:
     """CIFAR-10. Source: SGD 0.001, momentum 0.9, batch 64, 100 epochs; its median over five seeds is the target."""
     recipe = Recipe(
-        batch_size=512,
-        epochs=20,
+        batch_size=1024,
+        epochs=24,
         optimizer="sgd",
-        learning_rate=0.05,
+        learning_rate=0.08,
         momentum=0.9,
         weight_decay=5e-4,
         schedule="one-cycle",
@@ -151,14 +151,16 @@ def cifar10_cnn() -> Workload:
         target=74.46,
         recipe=recipe,
         source=Recipe(batch_size=64, epochs=100, optimizer="sgd", learning_rate=0.001, momentum=0.9),
-        quick=replace(recipe, batch_size=128, epochs=2, train_images=6_400, eval_images=2_000),
+        quick=replace(recipe, batch_size=128, epochs=2, learning_rate=0.05, train_images=6_400, eval_images=2_000),
         eval_batch_size=1_000,
     )
 
 
 def cifar100_cnn() -> Workload:
     """CIFAR-100, fine labels, to 56 %. Source: RMSprop 1e-4, batch 64, 200 epochs; 30 s an epoch on a T4."""
-    recipe = Recipe(batch_size=512, epochs=20, optimizer="adam", learning_rate=1e-3, momentum=0.9, schedule="one-cycle")
+    recipe = Recipe(
+        batch_size=1024, epochs=20, optimizer="adam", learning_rate=1.5e-3, momentum=0.9, schedule="one-cycle"
+    )
     return Workload(
         name="cifar100-cnn",
         dataset="cifar100",
@@ -169,7 +171,7 @@ def cifar100_cnn() -> Workload:
         target=56.0,
         recipe=recipe,
         source=Recipe(batch_size=64, epochs=200, optimizer="rmsprop", learning_rate=1e-4),
-        quick=replace(recipe, batch_size=64, epochs=2, train_images=1_600, eval_images=500),
+        quick=replace(recipe, batch_size=64, epochs=2, learning_rate=1e-3, train_images=1_600, eval_images=500),
         eval_batch_size=500,
     )
 
@@ -177,10 +179,10 @@ def cifar100_cnn() -> Workload:
 def conv_autoencoder() -> Workload:
     """CIFAR-10 images rebuilt from 4 channels. Source: Adam 1e-3, batch 32, 100 epochs; its median is the target."""
     recipe = Recipe(
-        batch_size=128,
+        batch_size=512,
         epochs=40,
         optimizer="adam",
-        learning_rate=2e-2,
+        learning_rate=4e-2,
         momentum=0.9,
         schedule="one-cycle",
         basis="frequencies",
@@ -196,7 +198,7 @@ def conv_autoencoder() -> Workload:
         also_at_least={"ssim": 0.96},
         recipe=recipe,
         source=Recipe(batch_size=32, epochs=100, optimizer="adam", learning_rate=1e-3, momentum=0.9),
-        quick=replace(recipe, batch_size=128, epochs=2, train_images=6_400, eval_images=1_000),
+        quick=replace(recipe, batch_size=128, epochs=2, learning_rate=2e-2, train_images=6_400, eval_images=1_000),
         eval_batch_size=1_000,
     )
 

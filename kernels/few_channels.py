@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 256  # output pixels a program: two for each thread of 4 warps, so that each weight is read for two products
-BLOCK_OF_GRADIENT = 128  # one for each thread, with nine taps' sums for each output channel in registers
-PROGRAMS = 2048  # of a weight gradient, about: some for each multiprocessor of the largest cards
+LANES = 128  # threads of a program: four warps, one below the other, each of 32 columns
+ROWS = 4  # output pixels of a thread of the convolution, one below the other: each weight is read once for all of them
+ROWS_OF_GRADIENT = 8  # … and of the weight gradient: each row of pixels is read once for three rows of taps
+PROGRAMS = 396  # of a weight gradient, about: what an H100 holds at once, three on each multiprocessor
 NARROW = 8  # channels: up to here all outputs of a pixel stay in a thread's registers
 
 
@@ -37,6 +38,12 @@ def conv_reference(images: Tensor, weight: Tensor, bias: Tensor | None, padding:
     """
     out = F.conv2d(images, weight.to(images.dtype), None if bias is None else bias.to(images.dtype), padding=padding)
     return out.relu() if relu else out
+
+
+@triton.jit
+def _pixels(column, y, stride_y, on_column, height):
+    """The pixels of a column in row `y`, in fp32: [1, lanes], zero outside."""
+    return tl.load(column + y * stride_y, mask=on_column & (y >= 0) & (y < height), other=0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -63,42 +70,53 @@ def conv_kernel(
     MIRRORED: tl.constexpr,
     BIASED: tl.constexpr,
     RELU: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Programs: (image, block of its output pixels). MIRRORED: the taps. out: [B, O, HO, WO], contiguous."""
+    """Programs: (image, tile of 32 columns). A thread: four output pixels, one below the other, of all channels.
+
+    MIRRORED: the taps. out: [B, O, HO, WO], contiguous.
+    """
     n = tl.program_id(0).to(tl.int64)
-    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    on_image = pixel < out_height * out_width
-    y, x = pixel // out_width, pixel % out_width
+    lane = tl.arange(0, LANES)
+    across = tl.cdiv(out_width, 32)
+    x = tl.program_id(1) % across * 32 + lane % 32
+    y = (tl.program_id(1) // across * (LANES // 32) + lane // 32) * 4
     o = tl.arange(0, WIDE)
-    total = tl.zeros([WIDE, BLOCK], tl.float32)
-    for tap in tl.static_range(9):
-        iy, ix = y + (tap // 3 - PADDING), x + (tap % 3 - PADDING)
-        inside = on_image
-        if PADDING:
-            inside = inside & (iy >= 0) & (iy < height) & (ix >= 0) & (ix < width)
-        turn = 8 - tap if MIRRORED else tap
-        for i in tl.static_range(INPUTS):
-            at = images + n * images_n + i * images_c + iy * images_y + ix * images_x
-            value = tl.load(at, mask=inside, other=0).to(tl.float32)
-            at = weight + o * weight_o + i * weight_i + turn * weight_tap
-            factor = tl.load(at, mask=o < OUTPUTS, other=0).to(tl.float32)
-            total += factor[:, None] * value[None, :]
+    t0 = tl.zeros([WIDE, LANES], tl.float32)
+    t1 = t0
+    t2 = t0
+    t3 = t0
+    top = y - PADDING
+    for i in range(INPUTS):
+        for kx in tl.static_range(3):
+            ix = x + kx - PADDING
+            on_column = (ix >= 0) & (ix < width)
+            column = images + n * images_n + i * images_c + ix * images_x
+            v0 = _pixels(column, top, images_y, on_column, height)
+            v1 = _pixels(column, top + 1, images_y, on_column, height)
+            v2 = _pixels(column, top + 2, images_y, on_column, height)
+            v3 = _pixels(column, top + 3, images_y, on_column, height)
+            v4 = _pixels(column, top + 4, images_y, on_column, height)
+            v5 = _pixels(column, top + 5, images_y, on_column, height)
+            for ky in tl.static_range(3):
+                turn = 8 - 3 * ky - kx if MIRRORED else 3 * ky + kx
+                at = weight + o * weight_o + i * weight_i + turn * weight_tap
+                factor = tl.load(at, mask=o < OUTPUTS, other=0).to(tl.float32)[:, None]
+                t0 += factor * (v0 if ky == 0 else v1 if ky == 1 else v2)
+                t1 += factor * (v1 if ky == 0 else v2 if ky == 1 else v3)
+                t2 += factor * (v2 if ky == 0 else v3 if ky == 1 else v4)
+                t3 += factor * (v3 if ky == 0 else v4 if ky == 1 else v5)
+    shift = tl.zeros([WIDE, 1], tl.float32)
     if BIASED:
-        total += tl.load(bias + o, mask=o < OUTPUTS, other=0).to(tl.float32)[:, None]
-    if RELU:
-        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    at = out + (n * OUTPUTS + o[:, None]) * (out_height * out_width) + pixel[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(o < OUTPUTS)[:, None] & on_image[None, :])
-
-
-@triton.jit
-def _pixels(channel, y, x, on_image, height, width, stride_y, stride_x, PADDING: tl.constexpr):
-    """The pixels (y, x) of one channel in fp32, zero outside."""
-    inside = on_image
-    if PADDING:
-        inside = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return tl.load(channel + y * stride_y + x * stride_x, mask=inside, other=0).to(tl.float32)[None, :]
+        shift += tl.load(bias + o, mask=o < OUTPUTS, other=0).to(tl.float32)[:, None]
+    at = out + (n * OUTPUTS + o[:, None]) * (out_height * out_width) + x[None, :]
+    stored = (o < OUTPUTS)[:, None] & (x < out_width)[None, :]
+    for row in tl.static_range(4):
+        total = shift + (t0 if row == 0 else t1 if row == 1 else t2 if row == 2 else t3)
+        if RELU:
+            total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        below = (y + row)[None, :]
+        tl.store(at + below * out_width, total.to(out.dtype.element_ty), mask=stored & (below < out_height))
 
 
 @triton.jit
@@ -106,7 +124,7 @@ def weight_gradient_kernel(
     images,
     gradient,
     partial,
-    count,
+    tasks,
     height,
     width,
     out_height,
@@ -123,17 +141,22 @@ def weight_gradient_kernel(
     OUTPUTS: tl.constexpr,
     WIDE: tl.constexpr,
     PADDING: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TASKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
-    """Programs: (input channel, part of the images). The sums of a channel's nine taps stay in registers.
+    """Programs: (input channel, part of the tasks). The sums of a channel's nine taps stay in registers.
 
-    gradient: of the output. partial: fp32 [parts, I, 9, O]: the sums of each part. They are summed up later, in one
-    order, so that the result is the same each time. TASKS: blocks of pixels for each program.
+    A task is a tile of 32 columns of an image, of which a thread walks down `ROWS` pixels of one column, three rows of
+    images in its registers. gradient: of the output. partial: fp32 [parts, I, 9, O]: the sums of each part. They are
+    summed up later, in one order, so that the result is the same each time. TURNS: tasks of each program.
     """
     i, part = tl.program_id(0), tl.program_id(1)
+    lane = tl.arange(0, LANES)
     o = tl.arange(0, WIDE)
-    t0 = tl.zeros([WIDE, BLOCK], tl.float32)
+    across = tl.cdiv(out_width, 32)
+    tiles = across * tl.cdiv(out_height, LANES // 32 * ROWS)
+    t0 = tl.zeros([WIDE, LANES], tl.float32)
     t1 = t0
     t2 = t0
     t3 = t0
@@ -142,28 +165,46 @@ def weight_gradient_kernel(
     t6 = t0
     t7 = t0
     t8 = t0
-    pixels = out_height * out_width
-    blocks = tl.cdiv(pixels, BLOCK)
-    for turn in range(TASKS):
+    for turn in range(TURNS):
         task = turn * tl.num_programs(1) + part
-        n = tl.minimum(task // blocks, count - 1).to(tl.int64)
-        pixel = tl.where(task < count * blocks, task % blocks * BLOCK + tl.arange(0, BLOCK), pixels)
-        on = pixel < pixels
-        y, x = pixel // out_width, pixel % out_width
-        at = gradient + n * gradient_n + o[:, None] * gradient_c + (y * gradient_y + x * gradient_x)[None, :]
-        slope = tl.load(at, mask=(o < OUTPUTS)[:, None] & on[None, :], other=0).to(tl.float32)
+        n = tl.minimum(task // tiles, tasks // tiles - 1).to(tl.int64)
+        tile = task % tiles
+        x = tile % across * 32 + lane % 32
+        y = (tile // across * (LANES // 32) + lane // 32) * ROWS
+        left, middle, right = x - PADDING, x + 1 - PADDING, x + 2 - PADDING
+        on_left = (left >= 0) & (left < width)
+        on_middle = (middle >= 0) & (middle < width)
+        on_right = (right >= 0) & (right < width)
         channel = images + n * images_n + i * images_c
-        y -= PADDING
-        x -= PADDING
-        t0 += slope * _pixels(channel, y, x, on, height, width, images_y, images_x, PADDING)
-        t1 += slope * _pixels(channel, y, x + 1, on, height, width, images_y, images_x, PADDING)
-        t2 += slope * _pixels(channel, y, x + 2, on, height, width, images_y, images_x, PADDING)
-        t3 += slope * _pixels(channel, y + 1, x, on, height, width, images_y, images_x, PADDING)
-        t4 += slope * _pixels(channel, y + 1, x + 1, on, height, width, images_y, images_x, PADDING)
-        t5 += slope * _pixels(channel, y + 1, x + 2, on, height, width, images_y, images_x, PADDING)
-        t6 += slope * _pixels(channel, y + 2, x, on, height, width, images_y, images_x, PADDING)
-        t7 += slope * _pixels(channel, y + 2, x + 1, on, height, width, images_y, images_x, PADDING)
-        t8 += slope * _pixels(channel, y + 2, x + 2, on, height, width, images_y, images_x, PADDING)
+        left_column = channel + left * images_x
+        middle_column = channel + middle * images_x
+        right_column = channel + right * images_x
+        top = y - PADDING
+        a0 = _pixels(left_column, top, images_y, on_left, height)
+        a1 = _pixels(middle_column, top, images_y, on_middle, height)
+        a2 = _pixels(right_column, top, images_y, on_right, height)
+        b0 = _pixels(left_column, top + 1, images_y, on_left, height)
+        b1 = _pixels(middle_column, top + 1, images_y, on_middle, height)
+        b2 = _pixels(right_column, top + 1, images_y, on_right, height)
+        at = gradient + n * gradient_n + o[:, None] * gradient_c + x[None, :] * gradient_x
+        whole = (o < OUTPUTS)[:, None] & ((x < out_width) & (task < tasks))[None, :]
+        for row in tl.static_range(ROWS):
+            c0 = _pixels(left_column, top + row + 2, images_y, on_left, height)
+            c1 = _pixels(middle_column, top + row + 2, images_y, on_middle, height)
+            c2 = _pixels(right_column, top + row + 2, images_y, on_right, height)
+            below = (y + row)[None, :]
+            slope = tl.load(at + below * gradient_y, mask=whole & (below < out_height), other=0).to(tl.float32)
+            t0 += slope * a0
+            t1 += slope * a1
+            t2 += slope * a2
+            t3 += slope * b0
+            t4 += slope * b1
+            t5 += slope * b2
+            t6 += slope * c0
+            t7 += slope * c1
+            t8 += slope * c2
+            a0, a1, a2 = b0, b1, b2
+            b0, b1, b2 = c0, c1, c2
     at = partial + ((part * INPUTS + i) * 9).to(tl.int64) * OUTPUTS + o
     tl.store(at, tl.sum(t0, 1), mask=o < OUTPUTS)
     tl.store(at + OUTPUTS, tl.sum(t1, 1), mask=o < OUTPUTS)
@@ -189,7 +230,7 @@ def conv_triton(
     if transposed:
         o, o_stride, i_stride = weight.shape[1], i_stride, o_stride
     out = torch.empty(b, o, h + 2 * padding - 2, w + 2 * padding - 2, dtype=images.dtype, device=images.device)
-    grid = (b, triton.cdiv(out.shape[2] * out.shape[3], BLOCK))
+    grid = (b, _tiles(out, ROWS))
     with torch.cuda.device_of(images):
         conv_kernel[grid](
             images,
@@ -210,15 +251,21 @@ def conv_triton(
             MIRRORED=transposed,
             BIASED=bias is not None,
             RELU=relu,
-            BLOCK=BLOCK,
+            LANES=LANES,
         )
     return out
 
 
-def parts_of(images: Tensor, gradient: Tensor) -> int:
-    """Into how many parts the images of a weight gradient are cut."""
-    tasks = len(images) * triton.cdiv(gradient.shape[2] * gradient.shape[3], BLOCK_OF_GRADIENT)
-    return max(1, min(PROGRAMS // images.shape[1], tasks))
+def _tiles(pixels: Tensor, rows: int) -> int:
+    """Tiles of one image of `pixels`, where a thread takes so many rows."""
+    return triton.cdiv(pixels.shape[3], 32) * triton.cdiv(pixels.shape[2], LANES // 32 * rows)
+
+
+def turns_and_parts(images: Tensor, gradient: Tensor) -> tuple[int, int]:
+    """How many tasks each program of a weight gradient does, and into how many parts they are cut."""
+    tasks = len(images) * _tiles(gradient, ROWS_OF_GRADIENT)
+    turns = triton.cdiv(tasks, max(1, PROGRAMS // images.shape[1]))
+    return turns, triton.cdiv(tasks, turns)
 
 
 def weight_gradient_triton(images: Tensor, gradient: Tensor, padding: int) -> Tensor:
@@ -228,14 +275,14 @@ def weight_gradient_triton(images: Tensor, gradient: Tensor, padding: int) -> Te
     """
     b, i, h, w = images.shape
     o, out_h, out_w = gradient.shape[1:]
-    parts = parts_of(images, gradient)
+    turns, parts = turns_and_parts(images, gradient)
     partial = torch.empty(parts, i, 9, o, dtype=torch.float32, device=images.device)
     with torch.cuda.device_of(images):
         weight_gradient_kernel[(i, parts)](
             images,
             gradient,
             partial,
-            b,
+            b * _tiles(gradient, ROWS_OF_GRADIENT),
             h,
             w,
             out_h,
@@ -246,8 +293,9 @@ def weight_gradient_triton(images: Tensor, gradient: Tensor, padding: int) -> Te
             OUTPUTS=o,
             WIDE=triton.next_power_of_2(o),
             PADDING=padding,
-            BLOCK=BLOCK_OF_GRADIENT,
-            TASKS=triton.cdiv(b * triton.cdiv(out_h * out_w, BLOCK_OF_GRADIENT), parts),
+            ROWS=ROWS_OF_GRADIENT,
+            LANES=LANES,
+            TURNS=turns,
         )
     return partial
 
@@ -288,7 +336,7 @@ def _of_weights(images: Tensor, gradient: Tensor, padding: int) -> Tensor:
 
 @_of_weights.register_fake
 def _(images: Tensor, gradient: Tensor, padding: int) -> Tensor:
-    shape = (parts_of(images, gradient), images.shape[1], 9, gradient.shape[1])
+    shape = (turns_and_parts(images, gradient)[1], images.shape[1], 9, gradient.shape[1])
     return images.new_empty(shape, dtype=torch.float32)
 
 

@@ -59,13 +59,15 @@ SPIN = """if device.type == "cuda":
             else:
                 for _ in range({units}):
                     torch.mm(torch.ones(256, 256), torch.ones(256, 256))"""
+DEAF = "\n\nSampler._run = lambda self: None\n"
 HOARD = "hoard = torch.empty({units} << 20, dtype=torch.uint8, device=device)"
 
 
-def copy(folder: Path, cache: Path, plant: str | None = None) -> Checkout:
+def copy(folder: Path, cache: Path, plant: str | None = None, *, deaf: bool = False) -> Checkout:
     """This tree's code in a folder of its own, with so much more in each of its steps: `SPIN` or `HOARD`, filled in.
 
-    What is there already stays: an interrupted experiment goes on with the same code.
+    deaf: the card's state is not sampled. What is there already stays: an interrupted experiment goes on with the same
+    code.
     """
     tree, packages = folder / "tree", folder / "packages"
     if not packages.exists():
@@ -75,6 +77,9 @@ def copy(folder: Path, cache: Path, plant: str | None = None) -> Checkout:
         if plant is not None:
             with (tree / "bench" / "step.py").open("a") as file:
                 file.write(EXTRA.replace("{plant}", plant))
+        if deaf:
+            with (tree / "bench" / "gpu.py").open("a") as file:
+                file.write(DEAF)
         packages.mkdir()
         (packages / "netdyno").symlink_to(tree)
     return Checkout(commit="this tree", tree=tree, environment=environment(packages, cache))

@@ -391,7 +391,7 @@ def test_a_full_card_ends_one_case_and_harms_no_other(data: Path, tmp_path: Path
     free, _ = torch.cuda.mem_get_info()
     hog = torch.empty(free - (700 << 20), dtype=torch.uint8, device="cuda")
     full = runner.run(EAGER, data=data, results=tmp_path, machine=here, listen=lambda event: None)
-    assert full["status"] == "oom"
+    assert full["status"] == "oom", full["reason"]
     del hog
     torch.cuda.empty_cache()
     again = runner.run(EAGER, data=data, results=tmp_path, machine=here, listen=lambda event: None)
@@ -418,6 +418,9 @@ def test_out_of_memory(speak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (torch.cuda.OutOfMemoryError(""), "oom", "no message"),
         (RuntimeError("CUDA error: an illegal\nsecond"), "failed", "RuntimeError: CUDA error: an illegal"),
+        (RuntimeError("CUDA error: out of memory\nsecond"), "oom", "CUDA error: out of memory"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "oom", "CUBLAS_STATUS_ALLOC_FAILED when calling"),
+        (RuntimeError("CUDNN_STATUS_NOT_INITIALIZED"), "failed", "RuntimeError: CUDNN_STATUS_NOT_INITIALIZED"),
         (KeyError(), "failed", "KeyError: no message"),
         (ValueError("x" * 900), "failed", "ValueError: " + "x" * 488),
     ],

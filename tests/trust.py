@@ -30,13 +30,44 @@ PAIRS = {
     "cifar10-cnn tuned compute full": 5,
     "cifar100-cnn tuned compute full": 5,
     "conv-autoencoder tuned compute full": 5,
-    "dcgan tuned compute full": 5,
+    "dcgan tuned compute ladder": 5,  # two epochs: 70 take a minute
     "resnet50-transfer tuned compute full": 5,
 }
 SHORT = "mnist-cnn tuned compute full"
 LONG_KERNELS = "cifar100-cnn tuned compute full"  # a profiler delays the launch of each kernel by about a microsecond
-LONG = "dcgan tuned compute full"  # more than ten seconds without a pause
+LONG = "dcgan tuned e2e full"  # more than ten seconds
 BUSY = "import torch\na = torch.ones(4096, 4096, device='cuda')\nwhile True: torch.mm(a, a); torch.cuda.synchronize()"
+
+# What a process holds of the card outside of torch: when it has a context, and when it has the loaders of a case too.
+PARTS_OF_MEMORY = """
+import sys, torch
+from dataclasses import replace
+from netdyno.bench import child
+from netdyno.bench.ab import parse_case
+from netdyno.bench.data.prepared import default_root
+from netdyno.bench.measure import MemoryParts
+from netdyno.bench.tuning import TUNINGS
+from netdyno.bench.workloads import Case, resolve
+device = torch.device("cuda")
+torch.empty(1, device=device)
+parts = MemoryParts(device)
+parts.take("context")
+if len(sys.argv) > 1:
+    workload, tuning, mode, suite = parse_case(sys.argv[1])
+    tuning = TUNINGS[tuning](torch.cuda.get_device_capability())
+    workload = resolve(Case(workload=workload, suite=suite, tuning=tuning.name, mode=mode))
+    sets = [child.image_set(workload, split, tuning, default_root(), device) for split in ("train", "test")]
+    places = child.places(workload, *sets, tuning, device)
+    loaders = [
+        child.make_loader(workload, images, tuning, device, train=train, seed=0, into=place)
+        for images, train, place in zip(sets, (True, False), places)
+    ]
+    batches = [next(iter(loader.epoch())) for loader in loaders]
+    parts.take("loaders")
+print(list(parts.parts.values())[-1])
+"""
+
+CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
 
 Row = tuple[str, str, str, bool]  # what was done, what should show, what showed, whether that is so
 
@@ -58,7 +89,7 @@ class Series:
         return sorted(read_records(str(place), place), key=lambda record: record["id"])[:runs]
 
     def checkout(self, name: str, plant: str | None) -> Checkout:
-        return copy(self.folder / f"copy-{name}", self.folder / f"cache-{name}", plant)
+        return copy(self.folder / f"copy-{name}", self.folder / f"cache-{name}", plant, deaf=name == "deaf")
 
 
 def speed(record: Record) -> float:
@@ -94,6 +125,34 @@ def allocation(series: Series) -> Iterator[Row]:
     ]
     more = peaks[1] - peaks[0]
     yield f"{SHORT}: 100 MiB more", "100 ± 2 MiB", f"{more:.1f} MiB", abs(more - 100) <= 2
+
+
+def memory(series: Series) -> Iterator[Row]:
+    """The parts of the memory, context and loaders each measured in a process of its own, against NVML's count."""
+    for case in PAIRS:
+        (record,) = series.records(case, 1)
+        found = record["memory"]
+        context, loaders = (
+            float(subprocess.run([sys.executable, "-c", PARTS_OF_MEMORY, *of], **CAPTURED).stdout)
+            for of in ((), (case,))
+        )
+        held = max(found["warm_up_reserved_mib"], found["peak_reserved_mib"])
+        parts = {"context": context, "loaders": loaders, "libraries": found["libraries_mib"], "torch": held}
+        counted = found["nvml_process_peak_mib"]
+        percent = 100 * (sum(parts.values()) / counted - 1)
+        told = " + ".join(f"{name} {size:,.0f}" for name, size in parts.items())
+        shown = f"{told} = {sum(parts.values()):,.0f} against {counted:,.0f} MiB: {percent:+.1f} %"
+        yield f"{case}: the parts of its memory", "within 5 %", shown, abs(percent) <= 5
+
+
+def sampling(series: Series) -> Iterator[Row]:
+    """The card's state, sampled as always, and not at all."""
+    runs = 10
+    heard, deaf = (
+        median([speed(record) for record in series.records(SHORT, runs, name=name)]) for name in ("calm", "deaf")
+    )
+    percent = 100 * (deaf / heard - 1)
+    yield f"{SHORT}: {runs} runs sampled, {runs} not", "within 0.5 %", f"{percent:+.2f} %", abs(percent) <= 0.5
 
 
 def busy(series: Series) -> Iterator[Row]:
@@ -155,6 +214,8 @@ def energy(series: Series) -> Iterator[Row]:
 PARTS: dict[str, Callable[[Series], Iterator[Row]]] = {
     "spin": spin,
     "allocation": allocation,
+    "memory": memory,
+    "sampling": sampling,
     "busy": busy,
     "trace": trace,
     "energy": energy,
