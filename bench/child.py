@@ -37,7 +37,7 @@ from .data.loader import Batch, Loader
 from .data.prepared import ImageSet
 from .errors import UserError
 from .fuse import fuse
-from .measure import TIMING_VERSION, BlockClock, MemoryParts, PeakMemory, mib, warm_up
+from .measure import TIMING_VERSION, BlockClock, MemoryParts, PeakMemory, mib, nvml_process_mib, warm_up
 from .metrics import sliced_wasserstein
 from .order import Order
 from .stats import seconds_to_target
@@ -59,7 +59,11 @@ def run(order: Order, emit: Emit) -> None:
     case = order.case
     device = pick_device(order.gpu)
     tuning = TUNINGS[case.tuning](torch.cuda.get_device_capability() if device.type == "cuda" else None)
-    torch.backends.cudnn.benchmark = tuning.compile
+    torch.backends.cudnn.benchmark = tuning.compile and not tuning.deterministic
+    if tuning.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts, which is later
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(case.seed)
     torch.empty(1, device=device)  # makes the CUDA context
     parts = MemoryParts(device)
@@ -131,7 +135,8 @@ def run(order: Order, emit: Emit) -> None:
         with closing(train_loader()) as loader:
             memory = train(workload, step, evaluate, loader, device, emit, order.pictures, references)
     emit(section="timing", value={"steady": steady})
-    emit(section="memory", value=memory | {"limit_mib": tuning.memory_limit_mib})
+    emit(section="memory", value=memory | {"nvml_process_mib": nvml_process_mib(device)})
+    emit(section="memory", value={"limit_mib": tuning.memory_limit_mib})
     if tuning.compile:
         recompiles = new_graphs() - graphs
         emit(section="compile", value={"recompiles": recompiles})

@@ -44,6 +44,7 @@ class TuningName(str, Enum):
     amp = "amp"
     eager = "eager"
     fp32 = "fp32"
+    deterministic = "deterministic"
     t4 = "t4"
 
 

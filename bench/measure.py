@@ -164,6 +164,15 @@ class PeakMemory:
         }
 
 
+def nvml_process_mib(device: torch.device) -> float | None:
+    """What NVML counts for this process now, in MiB; None on a CPU and where NVML does not know it."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    with Gpu.open() as gpu:
+        return None if gpu is None else gpu.process_memory_mib(os.getpid())
+
+
 class MemoryParts:
     """What of the GPU's memory is none of torch's: by NVML's count for this process, in MiB. None each on a CPU.
 
@@ -178,11 +187,7 @@ class MemoryParts:
     def take(self, name: str) -> None:
         """What came since the part before is `name`; None where NVML does not know this process."""
         self.parts[name] = None
-        if self._device.type != "cuda":
-            return
-        torch.cuda.synchronize()
-        with Gpu.open() as gpu:
-            used = None if gpu is None else gpu.process_memory_mib(os.getpid())
+        used = nvml_process_mib(self._device)
         if used is None:
             return
         outside = used - mib(torch.cuda.memory_reserved(self._device))

@@ -25,7 +25,7 @@ def about(value: float) -> str:
 
 
 def speeds(card: Card, workloads: Iterable["Workload"]) -> str:
-    """What `tuned` would do with each workload's recipe on `card`, beside the most that its rates allow."""
+    """What `captured` would do with each workload's recipe on `card`, beside the most that its rates allow."""
     headers = (
         "workload",
         "",

@@ -11,7 +11,8 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
     memory      peak_allocated_mib, peak_reserved_mib (both in training), eval_peak_allocated_mib,
                 nvml_process_peak_mib, host_rss_peak_mib, limit_mib, context_mib, loaders_mib, libraries_mib (the last
                 three by NVML, on top of what torch holds, and by difference, so estimates: DALI is in the second, code
-                and handles of cuDNN, cuBLAS and compiled kernels in the third), warm_up_reserved_mib
+                and handles of cuDNN, cuBLAS and compiled kernels in the third), nvml_process_mib (after training; the
+                peak is sampled and so misses what is short), warm_up_reserved_mib (trials of algorithms are in it)
     accuracy    metric, unit, higher_is_better, curve (a row an epoch), final, best, target, also_at_least, reached,
                 train_s_to_target, references (for generated images), pictures (with their hashes, where there are any)
     compile     cold_s, warm_s, cold_start_s, warm_start_s, recompiles

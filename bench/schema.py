@@ -316,6 +316,7 @@ RECORD = _object(
                         "peak_reserved_mib",
                         "nvml_process_peak_mib",
                         "host_rss_peak_mib",
+                        "nvml_process_mib",
                         "warm_up_reserved_mib",
                         "limit_mib",
                     ),

@@ -1,7 +1,9 @@
-"""How a workload is executed, and the policy that picks a precision for a GPU."""
+"""How a workload is executed, and the policy that picks a precision for a GPU or a CPU. No torch in here."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 Capability = tuple[int, int] | None  # CUDA compute capability; None: a CPU
@@ -19,16 +21,31 @@ class Tuning:
     capture: bool  # the whole step, and many of them at a time, as one CUDA graph
     kernels: bool  # those of `kernels/` that networks can use, in place of what torch.compile makes and cuDNN does
     loader: Literal["dali", "torch"]
+    deterministic: bool = False  # the same bits each time, on the same machine and from the same seed
     needs_gpu: bool = False
     memory_limit_mib: int | None = None  # the run counts as out of memory when the process peak (NVML) is above
 
 
-def precision_for(capability: Capability) -> Literal["bf16", "fp16"]:
-    """bf16 on CPUs and from sm_80 on, fp16 with a gradient scaler below.
+CPU_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}  # as Linux names it on x86 and on Arm
 
-    Decided by capability: `torch.cuda.is_bf16_supported()` also answers True where bf16 is emulated.
+
+def precision_for(capability: Capability) -> Literal["bf16", "fp16", "fp32"]:
+    """On a GPU bf16 from sm_80 on, fp16 with a gradient scaler below; on a CPU bf16 where it has that, else fp32.
+
+    Decided by what the device has: torch also answers True where bf16 is emulated, on a CPU fifty times as slowly.
     """
-    return "bf16" if capability is None or capability >= (8, 0) else "fp16"
+    if capability is None:
+        return "bf16" if CPU_BF16 & cpu_features() else "fp32"
+    return "bf16" if capability >= (8, 0) else "fp16"
+
+
+def cpu_features() -> set[str]:
+    """What Linux says that the CPU can do; nothing elsewhere."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return set(found[1].split()) if found else set()
 
 
 # The ladder: each rung is the one below it and one thing more.
@@ -49,7 +66,7 @@ def eager(capability: Capability) -> Tuning:
 
 
 def amp(capability: Capability) -> Tuning:
-    """`eager` in mixed precision."""
+    """`eager` in mixed precision, but on a CPU without bf16."""
     return replace(eager(capability), name="amp", precision=precision_for(capability))
 
 
@@ -91,6 +108,12 @@ def t4(capability: Capability) -> Tuning:
     return replace(tuned((7, 5)), name="t4", needs_gpu=True, memory_limit_mib=14 * 1024)
 
 
+def deterministic(capability: Capability) -> Tuning:
+    """`tuned` by algorithms that give the same bits each time: what that costs, and runs that can be repeated."""
+    return replace(tuned(capability), name="deterministic", deterministic=True)
+
+
 TUNINGS: dict[str, Callable[[Capability], Tuning]] = {
-    make(None).name: make for make in (tuned, captured, dali, compiled, channels_last, amp, eager, fp32, t4)
+    make(None).name: make
+    for make in (tuned, captured, dali, compiled, channels_last, amp, eager, fp32, deterministic, t4)
 }

@@ -14,7 +14,7 @@ from netdyno.bench.workloads import ACCURACY, Preprocess, Recipe, Workload
 
 CPU = torch.device("cpu")
 EAGER = eager(None)
-COMPILED = tuned(None)
+COMPILED = replace(tuned(None), precision="bf16")
 
 
 class TinyCnn(nn.Module):

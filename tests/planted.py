@@ -8,6 +8,7 @@ which must fail (exit code 1). Exit code 0 when all of them do. Started again, i
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from netdyno.bench import gate, machine
 from netdyno.bench.ab import Checkout, Contest, environment, parse_case, run_once
 from netdyno.bench.regress import sides, step_s
+from netdyno.bench.runner import COLD
 from netdyno.bench.stats import median
 
 ROOT = Path(__file__).parents[1]
@@ -63,11 +65,15 @@ DEAF = "\n\nSampler._run = lambda self: None\n"
 HOARD = "hoard = torch.empty({units} << 20, dtype=torch.uint8, device=device)"
 
 
-def copy(folder: Path, cache: Path, plant: str | None = None, *, deaf: bool = False) -> Checkout:
+def copy(
+    folder: Path, cache: Path, plant: str | None = None, *, deaf: bool = False, compiled_like: Path | None = None
+) -> Checkout:
     """This tree's code in a folder of its own, with so much more in each of its steps: `SPIN` or `HOARD`, filled in.
 
-    deaf: the card's state is not sampled. What is there already stays: an interrupted experiment goes on with the same
-    code.
+    deaf: the card's state is not sampled. compiled_like: the cache of the copy whose compiled code it starts from: the
+    compiler tries configurations out and picks by the clock, so that two compilations of the same code may differ by a
+    percent, which is no effect of what was planted. What is there already stays: an interrupted experiment goes on with
+    the same code.
     """
     tree, packages = folder / "tree", folder / "packages"
     if not packages.exists():
@@ -82,6 +88,12 @@ def copy(folder: Path, cache: Path, plant: str | None = None, *, deaf: bool = Fa
                 file.write(DEAF)
         packages.mkdir()
         (packages / "netdyno").symlink_to(tree)
+        if compiled_like is not None and compiled_like.exists():
+            shutil.copytree(compiled_like, cache)
+            say = [sys.executable, "-c", "from netdyno.bench.record import code_hash; print(code_hash())"]
+            code = subprocess.run(say, env=environment(packages, cache), capture_output=True, text=True, check=True)
+            for kept in cache.rglob(COLD):
+                kept.write_text(json.dumps(json.loads(kept.read_text()) | {"code": code.stdout.strip()}))
     return Checkout(commit="this tree", tree=tree, environment=environment(packages, cache))
 
 
@@ -127,7 +139,10 @@ def main() -> int:
     extra = max(1, round(step * options.percent / 100 / float(units.read_text())))
     print(f"step {step:.6f} s, {extra} units of {float(units.read_text()):.3g} s for {options.percent} %", flush=True)
     slow = copy(
-        folder / f"copy-slow-{options.percent}", folder / f"cache-slow-{options.percent}", SPIN.format(units=extra)
+        folder / f"copy-slow-{options.percent}",
+        folder / f"cache-slow-{options.percent}",
+        SPIN.format(units=extra),
+        compiled_like=folder / "cache-calm",
     )
 
     right = 0

@@ -190,7 +190,7 @@ def test_without_a_command_there_is_help(netdyno: Any, arguments: list[str]) -> 
         (
             "run --tuning fast",
             "'fast' is not one of 'tuned', 'captured', 'dali', 'compiled', 'channels-last', 'amp', 'eager', 'fp32',"
-            " 't4'",
+            " 'deterministic', 't4'",
         ),
         ("run --mode fast", "'fast' is not one of 'e2e', 'compute', 'loader'"),
         ("run --seed x", "--seed"),

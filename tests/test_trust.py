@@ -1,11 +1,16 @@
 """What tests/trust.py says of records: by made-up ones, since it takes a GPU and half an hour."""
 
+import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trust
 from made_up_records import make
+
+from netdyno.bench.record import code_hash
+from netdyno.bench.runner import COLD
 
 KERNEL = "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>"
 
@@ -42,6 +47,43 @@ def test_allocation(peak: float, holds: bool) -> None:
     made = Made(calm=[make(1, peak_allocated_mib=200.0)], hoard=[make(2, peak_allocated_mib=peak)])
     (row,) = trust.allocation(made)
     assert row[3] == holds
+
+
+@pytest.mark.parametrize(("counted", "holds"), [(1370.0, True), (1304.0, False), (1443.0, False)])
+def test_memory(monkeypatch: pytest.MonkeyPatch, counted: float, holds: bool) -> None:
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, "518.0\n" if command[-1] == trust.PARTS_OF_MEMORY else "228.0\n")
+
+    monkeypatch.setattr(trust.subprocess, "run", run)
+    held = make(1)
+    held["memory"] |= {"libraries_mib": 150.0, "peak_reserved_mib": 474.0, "nvml_process_mib": counted}
+    rows = list(trust.memory(Made(calm=[held])))
+    assert len(rows) == len(trust.PAIRS)
+    assert rows[0][2].startswith("context 518 + loaders 228 + libraries 150 + torch 474 = 1,370 against")
+    assert {row[3] for row in rows} == {holds}
+
+
+@pytest.mark.parametrize(("unsampled", "holds"), [(1004.0, True), (996.0, True), (1006.0, False), (994.0, False)])
+def test_sampling(unsampled: float, holds: bool) -> None:
+    made = Made(calm=[make(1, images_per_s=1000.0)], deaf=[make(2, images_per_s=unsampled)])
+    (row,) = trust.sampling(made)
+    assert row[3] == holds
+
+
+def test_a_planted_copy_starts_from_the_compiled_code_of_the_calm_one(tmp_path: Path) -> None:
+    series = trust.Series(tmp_path)
+    series.checkout("calm", None)
+    compiled = tmp_path / "cache-calm" / "netdyno" / "compile" / "case"
+    compiled.mkdir(parents=True)
+    (compiled / "code.py").write_text("x")
+    (compiled / COLD).write_text(json.dumps({"code": "calm", "compile": {"cold_s": 1.0}}))
+    slow = series.checkout("spin", trust.SPIN.format(units=3))
+    taken = Path(slow.environment["XDG_CACHE_HOME"]) / "netdyno" / "compile" / "case"
+    assert (taken / "code.py").read_text() == "x"
+    kept = json.loads((taken / COLD).read_text())
+    assert kept["compile"] == {"cold_s": 1.0}
+    assert kept["code"] not in ("calm", code_hash())  # its own, by which it knows that nothing is to be compiled anew
+    assert "_sleep(3)" in (slow.tree / "bench" / "step.py").read_text()
 
 
 def test_busy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,17 @@
 
 from dataclasses import fields, replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from netdyno.bench import tuning
 from netdyno.bench.tuning import LADDER, TUNINGS, Capability, Tuning, captured, eager, fp32, precision_for, t4, tuned
 
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [
-        (None, "bf16"),  # a CPU
         ((6, 1), "fp16"),
         ((7, 0), "fp16"),
         ((7, 5), "fp16"),
@@ -24,6 +25,24 @@ from netdyno.bench.tuning import LADDER, TUNINGS, Capability, Tuning, captured, 
 def test_precision_is_decided_by_capability(capability: Capability, expected: str) -> None:
     assert precision_for(capability) == expected
     assert tuned(capability).precision == expected
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("model name\t: Xeon\nflags\t\t: fpu avx512f avx512_bf16 amx_tile\n", "bf16"),
+        ("model name\t: EPYC\nflags\t\t: fpu avx2 avx512f\n", "fp32"),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n", "bf16"),
+        (None, "fp32"),
+    ],
+)
+def test_a_cpu_computes_in_bf16_where_it_has_that(
+    cpuinfo: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(tuning, "Path", lambda name: tmp_path / Path(name).name)
+    assert precision_for(None) == tuned(None).precision == expected
 
 
 @pytest.mark.parametrize("capability", [None, (7, 5), (9, 0)])
@@ -50,7 +69,10 @@ def test_t4_is_what_a_t4_gets_within_its_memory(capability: Capability) -> None:
 
 
 @pytest.mark.parametrize("capability", [None, (7, 5), (9, 0)])
-def test_each_rung_of_the_ladder_is_the_one_below_and_one_thing_more(capability: Capability) -> None:
+def test_each_rung_of_the_ladder_is_the_one_below_and_one_thing_more(
+    capability: Capability, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "cpu_features", lambda: {"amx_bf16"})
     steps = [
         {field.name for field in fields(Tuning) if getattr(below, field.name) != getattr(above, field.name)} - {"name"}
         for below, above in pairwise(TUNINGS[name](capability) for name in LADDER)
@@ -73,6 +95,17 @@ def test_fp32_is_captured_but_for_its_precision() -> None:
 
 
 def test_tunings_are_listed_under_their_names() -> None:
-    assert list(TUNINGS) == ["tuned", "captured", "dali", "compiled", "channels-last", "amp", "eager", "fp32", "t4"]
+    assert list(TUNINGS) == [
+        "tuned",
+        "captured",
+        "dali",
+        "compiled",
+        "channels-last",
+        "amp",
+        "eager",
+        "fp32",
+        "deterministic",
+        "t4",
+    ]
     for name, make in TUNINGS.items():
         assert make((9, 0)).name == name

@@ -89,7 +89,9 @@ class Series:
         return sorted(read_records(str(place), place), key=lambda record: record["id"])[:runs]
 
     def checkout(self, name: str, plant: str | None) -> Checkout:
-        return copy(self.folder / f"copy-{name}", self.folder / f"cache-{name}", plant, deaf=name == "deaf")
+        """The copy called `name`. It starts from the compiled code of the calm one, which has run before."""
+        place, cache, like = self.folder / f"copy-{name}", self.folder / f"cache-{name}", self.folder / "cache-calm"
+        return copy(place, cache, plant, deaf=name == "deaf", compiled_like=None if name == "calm" else like)
 
 
 def speed(record: Record) -> float:
@@ -136,9 +138,9 @@ def memory(series: Series) -> Iterator[Row]:
             float(subprocess.run([sys.executable, "-c", PARTS_OF_MEMORY, *of], **CAPTURED).stdout)
             for of in ((), (case,))
         )
-        held = max(found["warm_up_reserved_mib"], found["peak_reserved_mib"])
-        parts = {"context": context, "loaders": loaders, "libraries": found["libraries_mib"], "torch": held}
-        counted = found["nvml_process_peak_mib"]
+        torch_mib = found["peak_reserved_mib"]
+        parts = {"context": context, "loaders": loaders, "libraries": found["libraries_mib"], "torch": torch_mib}
+        counted = found["nvml_process_mib"]
         percent = 100 * (sum(parts.values()) / counted - 1)
         told = " + ".join(f"{name} {size:,.0f}" for name, size in parts.items())
         shown = f"{told} = {sum(parts.values()):,.0f} against {counted:,.0f} MiB: {percent:+.1f} %"
