@@ -107,7 +107,7 @@ def run(
             "--suite",
             metavar="SUITE",
             help="quick: two short epochs; full: to the target; source: as published; ladder: two"
-            " epochs of each tuning from eager to kernels.",
+            " epochs of each tuning from eager to tuned.",
         ),
     ] = Suite.quick,
     tuning: Annotated[
@@ -116,8 +116,9 @@ def run(
             "--tuning",
             metavar="TUNING",
             help="eager: what people write first; amp: and in mixed precision; channels-last: and in that layout;"
-            " compiled: and by torch.compile; dali: and fed by DALI; tuned: and captured, all that is known to make it"
-            " fast; kernels: and with kernels of our own; fp32: tuned without mixed precision; t4: as on a T4."
+            " compiled: and by torch.compile; dali: and fed by DALI; captured: and as one CUDA graph; tuned: and with"
+            " kernels of our own, all that is known to make it fast; fp32: captured without mixed precision;"
+            " deterministic: tuned with the same bits each time; t4: as on a T4."
             " May be given more than once.  [default: tuned; full: tuned and eager; source: fp32; ladder: all seven]",
         ),
     ] = None,

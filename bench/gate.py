@@ -95,12 +95,12 @@ def _is_record(name: str) -> bool:
     return base.endswith(".json") and not base.startswith(".") and base not in NO_RECORDS
 
 
-def _below(folder: Path) -> Iterable[tuple[Path, bytes]]:
+def _below(folder: Path) -> Iterable[tuple[str, bytes]]:
     for parent, _, names in os.walk(folder):
-        for name in names:
-            if _is_record(name):
-                path = Path(parent, name)
-                yield path, path.read_bytes()
+        for name in filter(_is_record, names):
+            path = os.path.join(parent, name)  # pathlib's parts would take as long as reading
+            with open(path, "rb") as file:
+                yield path, file.read()
 
 
 # The baseline

@@ -179,7 +179,7 @@ def load(path: Path) -> Record:
     return parse(content, path)
 
 
-def parse(content: bytes, path: Path) -> Record:
+def parse(content: bytes, path: Path | str) -> Record:
     """A record from the content of its file; `path` is named where it is none."""
     try:
         record = json.loads(content)

@@ -37,7 +37,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .stats import Floats, median, seconds_to_target
-from .summary import energy_j_per_1000_images
+from .summary import at, energy_j_per_1000_images
 
 Record = Mapping[str, Any]
 Call = Literal["REGRESSION", "IMPROVEMENT", "SAME", "AMBIGUOUS", "MISSING"]
@@ -124,15 +124,11 @@ class Side:
 # Quantities
 
 
-def _at(record: Any, *path: str) -> Any:
-    for name in path:
-        record = record.get(name) if isinstance(record, dict) else None
-    return record
-
-
 def _number(record: Record, *path: str) -> float | None:
     """A finite number; None for anything else."""
-    value = _at(record, *path)
+    value = at(record, *path)
+    if type(value) is float:
+        return value if abs(value) < 1e300 else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < 1e300 else None  # false for NaN too
@@ -145,7 +141,7 @@ def _positive(record: Record, *path: str) -> float | None:
 
 def step_s(record: Record) -> float | None:
     """Seconds of a step in the median block: blind to rare stalls, and steadier than the mean for it."""
-    blocks, steps = _at(record, "timing", "block_s"), _positive(record, "timing", "block_steps")
+    blocks, steps = at(record, "timing", "block_s"), _positive(record, "timing", "block_steps")
     if not isinstance(blocks, list) or not blocks or steps is None:
         return None
     try:
@@ -159,7 +155,7 @@ def step_s(record: Record) -> float | None:
 
 def _to_target(record: Record, length: Callable[[Mapping[str, Any]], float | None]) -> float | None:
     """The sum of `length` over the epochs to the target; a run that misses it counts as one epoch more than it has."""
-    curve, target = _at(record, "accuracy", "curve"), _number(record, "accuracy", "target")
+    curve, target = at(record, "accuracy", "curve"), _number(record, "accuracy", "target")
     if target is None or not isinstance(curve, list) or not curve:
         return None
     lengths = [length(epoch) for epoch in curve]
@@ -169,11 +165,11 @@ def _to_target(record: Record, length: Callable[[Mapping[str, Any]], float | Non
     rows = [
         {**epoch, "metric": metric, "train_s": one} for epoch, metric, one in zip(curve, metrics, lengths, strict=True)
     ]
-    also = _at(record, "accuracy", "also_at_least")
+    also = at(record, "accuracy", "also_at_least")
     reached = seconds_to_target(
         rows,
         target,
-        higher_is_better=_at(record, "accuracy", "higher_is_better") is not False,
+        higher_is_better=at(record, "accuracy", "higher_is_better") is not False,
         also_at_least=also if isinstance(also, Mapping) else None,
     )
     if reached is None:
@@ -182,7 +178,7 @@ def _to_target(record: Record, length: Callable[[Mapping[str, Any]], float | Non
 
 
 def _seed(record: Record) -> Hashable:
-    return json.dumps(_at(record, "case", "seed"))
+    return json.dumps(at(record, "case", "seed"))
 
 
 def _cold_start(record: Record) -> Hashable:
@@ -263,7 +259,7 @@ def quantities(runs: Sequence[Record]) -> list[Quantity]:
         if quantity.name not in found and any(quantity.read(run) is not None for run in runs):
             found[quantity.name] = quantity
     if "final metric" in found:
-        accuracy = _at(runs[-1], "accuracy") or {}
+        accuracy = at(runs[-1], "accuracy") or {}
         unit = _clean(accuracy.get("unit"))
         found["final metric"] = replace(
             found["final metric"],
@@ -281,9 +277,9 @@ def sides(records: Iterable[Record]) -> dict[tuple[str, ...], Side]:
     """The newest runs of every machine and case."""
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        case = _at(record, "case") or {}
-        named = (str(_at(case, name)) for name in CASE)
-        groups.setdefault((str(_at(record, "machine", "slug")), *named), []).append(record)
+        case = at(record, "case") or {}
+        named = (str(at(case, name)) for name in CASE)
+        groups.setdefault((str(at(record, "machine", "slug")), *named), []).append(record)
     return {key: _side(_clean(key[0]), group) for key, group in groups.items()}
 
 
@@ -309,7 +305,7 @@ def _side(machine: str, group: list[Record]) -> Side:
 
 def case_name(record: Record) -> str:
     """ "mnist-cnn tuned e2e quick"; division and number of GPUs where they aren't the common ones."""
-    case = {name: _clean(_at(record, "case", name)) for name in CASE}
+    case = {name: _clean(at(record, "case", name)) for name in CASE}
     parts = [case["workload"], case["tuning"], case["mode"], case["suite"]]
     parts += [case["division"]] if case["division"] != "closed" else []
     parts += [f"{case['gpus']} GPUs"] if case["gpus"] != "1" else []
@@ -318,15 +314,15 @@ def case_name(record: Record) -> str:
 
 def build_of(record: Record) -> tuple[Any, Any]:
     """What was measured: the code, and the versions of what it ran on."""
-    return record.get("code"), _at(record, "machine", "versions")
+    return record.get("code"), at(record, "machine", "versions")
 
 
 def conditions_of(record: Record) -> tuple[Any, ...]:
     """What must be the same in records that are compared."""
-    data, accuracy = _at(record, "data"), _at(record, "accuracy") or {}
-    of_data = [_at(data, name) for name in ("name", "label", "sha256")]
-    target = "of the run" if _at(accuracy, "references") else _at(accuracy, "target")  # measured anew in every run
-    return _at(record, "timing", "timing_version"), of_data, target, _at(record, "case", "recipe")
+    data, accuracy = at(record, "data"), at(record, "accuracy") or {}
+    of_data = [at(data, name) for name in ("name", "label", "sha256")]
+    target = "of the run" if at(accuracy, "references") else at(accuracy, "target")  # measured anew in every run
+    return at(record, "timing", "timing_version"), of_data, target, at(record, "case", "recipe")
 
 
 def _named(conditions: tuple[Any, ...]) -> dict[str, Any]:
@@ -382,9 +378,13 @@ def compare(
     tests: list[Test] = []
     for key, side in olds.items():
         other = news.get(key)
-        verdicts += _whole(side, other, {_clean(machine) for machine, *case in news if case == list(key[1:])})
-        if other is not None:
-            tests += [_test(quantity, side, other, calm.get(key, side)) for quantity in comparable(side, other)]
+        if other is None:
+            machines = {_clean(machine) for machine, *case in news if case == list(key[1:])}
+            verdicts.append(_missing(side, machines))
+            continue
+        found = comparable(side, other)
+        verdicts += _whole(side, other, found)
+        tests += [_test(quantity, side, other, calm.get(key, side)) for quantity in found]
     level = ALPHA / looks / max(1, sum(test.quantity.decides for test in tests))
     verdicts += [_judge(test, level) for test in tests]
     places = {(side.machine, side.case): place for place, side in enumerate(olds.values())}
@@ -414,16 +414,24 @@ def _where(side: Side) -> str:
     return f"{side.case} on {side.machine}"
 
 
-def _whole(old: Side, new: Side | None, machines: set[str]) -> list[Verdict]:
-    """What can be said of a case before any number is looked at."""
+def _of_case(old: Side, call: Call, reason: str) -> Verdict:
+    return Verdict(machine=old.machine, case=old.case, quantity="case", verdict=call, reason=reason)
+
+
+def _missing(old: Side, machines: set[str]) -> Verdict:
+    """A case without a new side, which may be recorded on other machines."""
+    if machines:
+        elsewhere = ", ".join(sorted(machines))
+        return _of_case(old, "AMBIGUOUS", f"not comparable: recorded on {elsewhere}, not on {old.machine}")
+    return _of_case(old, "MISSING", "no record of it on the new side")
+
+
+def _whole(old: Side, new: Side, found: Sequence[Quantity]) -> list[Verdict]:
+    """What can be said of a case before any number of what is comparable is looked at."""
 
     def verdict(call: Call, reason: str) -> list[Verdict]:
-        return [Verdict(machine=old.machine, case=old.case, quantity="case", verdict=call, reason=reason)]
+        return [_of_case(old, call, reason)]
 
-    if new is None and machines:
-        return verdict("AMBIGUOUS", f"not comparable: recorded on {', '.join(sorted(machines))}, not on {old.machine}")
-    if new is None:
-        return verdict("MISSING", "no record of it on the new side")
     if new.failed:
         ends = sorted({_clean(record.get("status")) for record in new.failed})
         first = _clean(new.failed[0].get("reason"))
@@ -434,9 +442,9 @@ def _whole(old: Side, new: Side | None, machines: set[str]) -> list[Verdict]:
     if old.mixed or new.mixed:
         names = " and more than one ".join(dict.fromkeys([*old.mixed, *new.mixed]))
         return verdict("AMBIGUOUS", f"not comparable: the runs of one code have more than one {names}")
-    if not quantities(old.runs):
+    if not found and not quantities(old.runs):
         return verdict("AMBIGUOUS", "not comparable: the old side holds no number")
-    if not comparable(old, new):
+    if not found:
         names = ", another ".join(_differing(old.conditions, new.conditions))
         return verdict("AMBIGUOUS", f"not comparable: another {names}")
     return []
@@ -497,10 +505,12 @@ def _judge(test: Test, level: float) -> Verdict:
 
 def _samples(quantity: Quantity, side: Side, values: Sequence[float | None]) -> Floats:
     """The quantity's samples: its value in each run that has one, or its median over the runs that are one sample."""
+    if quantity.sample is None:
+        return np.array([value for value in values if value is not None])
     groups: dict[Hashable, list[float]] = {}
-    for number, (run, value) in enumerate(zip(side.runs, values, strict=True)):
+    for run, value in zip(side.runs, values, strict=True):
         if value is not None:
-            groups.setdefault(quantity.sample(run) if quantity.sample else number, []).append(value)
+            groups.setdefault(quantity.sample(run), []).append(value)
     return np.array([statistics.median(group) for group in groups.values()])
 
 

@@ -408,8 +408,12 @@ def _key(*values: Any) -> str:
 
 
 def at(record: Any, *path: str) -> Any:
-    for name in path:
-        record = record.get(name) if isinstance(record, Mapping) else None
+    """The entry at `path`; None where there is none, or nothing that has entries."""
+    try:
+        for name in path:
+            record = record[name]
+    except (KeyError, TypeError):
+        return None
     return record
 
 
