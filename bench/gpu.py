@@ -1,4 +1,4 @@
-"""NVML: the GPU's name and state, read from outside the measured process, so that reading costs it nothing.
+"""NVML: the GPU's name and state, while it is timed read from outside the measured process, at no cost to it.
 
 The timed region is many *stretches*, one an epoch, mostly parted by evaluations. A stretch may be shorter than the
 distance of two readings, and what NVML answers may be 0.1 s old, from before the stretch began. So its energy is told

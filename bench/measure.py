@@ -27,7 +27,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
@@ -169,8 +169,9 @@ def nvml_process_mib(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
-    with Gpu.open() as gpu:
+    with suppress(Exception), Gpu.open() as gpu:  # a driver may refuse to tell: that must not end the run
         return None if gpu is None else gpu.process_memory_mib(os.getpid())
+    return None
 
 
 class MemoryParts:

@@ -317,6 +317,7 @@ RECORD = _object(
                         "nvml_process_peak_mib",
                         "host_rss_peak_mib",
                         "nvml_process_mib",
+                        "context_mib",
                         "warm_up_reserved_mib",
                         "limit_mib",
                     ),

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -32,13 +33,14 @@ CPU_BF16 = {"amx_bf16", "avx512_bf16", "bf16"}  # as Linux names it on x86 and o
 def precision_for(capability: Capability) -> Literal["bf16", "fp16", "fp32"]:
     """On a GPU bf16 from sm_80 on, fp16 with a gradient scaler below; on a CPU bf16 where it has that, else fp32.
 
-    Decided by what the device has: torch also answers True where bf16 is emulated, on a CPU fifty times as slowly.
+    Decided by what the device has: torch also answers True where bf16 is emulated, on a CPU several times as slowly.
     """
     if capability is None:
         return "bf16" if CPU_BF16 & cpu_features() else "fp32"
     return "bf16" if capability >= (8, 0) else "fp16"
 
 
+@cache
 def cpu_features() -> set[str]:
     """What Linux says that the CPU can do; nothing elsewhere."""
     try:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 LANES = 128  # threads of a program: four warps, one below the other, each of 32 columns
-ROWS = 4  # output pixels of a thread of the convolution, one below the other: each weight is read once for all of them
+ROWS = 4  # output pixels of a thread of `conv_kernel`, which is written for four: each weight is read once for all
 ROWS_OF_GRADIENT = 8  # … and of the weight gradient: each row of pixels is read once for three rows of taps
 PROGRAMS = 396  # of a weight gradient, about: what an H100 holds at once, three on each multiprocessor
 NARROW = 8  # channels: up to here all outputs of a pixel stay in a thread's registers
@@ -264,7 +264,7 @@ def _tiles(pixels: Tensor, rows: int) -> int:
 def turns_and_parts(images: Tensor, gradient: Tensor) -> tuple[int, int]:
     """How many tasks each program of a weight gradient does, and into how many parts they are cut."""
     tasks = len(images) * _tiles(gradient, ROWS_OF_GRADIENT)
-    turns = triton.cdiv(tasks, max(1, PROGRAMS // images.shape[1]))
+    turns = max(1, triton.cdiv(tasks, max(1, PROGRAMS // images.shape[1])))
     return turns, triton.cdiv(tasks, turns)
 
 

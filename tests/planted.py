@@ -78,6 +78,7 @@ def copy(
     tree, packages = folder / "tree", folder / "packages"
     if not packages.exists():
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(cache, ignore_errors=True)
         for name in ("bench", "kernels", "models"):
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         if plant is not None:
@@ -86,14 +87,16 @@ def copy(
         if deaf:
             with (tree / "bench" / "gpu.py").open("a") as file:
                 file.write(DEAF)
-        packages.mkdir()
-        (packages / "netdyno").symlink_to(tree)
+        unfinished = folder / "unfinished"
+        unfinished.mkdir()
+        (unfinished / "netdyno").symlink_to(tree)
         if compiled_like is not None and compiled_like.exists():
             shutil.copytree(compiled_like, cache)
             say = [sys.executable, "-c", "from netdyno.bench.record import code_hash; print(code_hash())"]
-            code = subprocess.run(say, env=environment(packages, cache), capture_output=True, text=True, check=True)
+            code = subprocess.run(say, env=environment(unfinished, cache), capture_output=True, text=True, check=True)
             for kept in cache.rglob(COLD):
                 kept.write_text(json.dumps(json.loads(kept.read_text()) | {"code": code.stdout.strip()}))
+        unfinished.rename(packages)
     return Checkout(commit="this tree", tree=tree, environment=environment(packages, cache))
 
 

@@ -241,6 +241,7 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     class Captured:
         graphs = 0
+        reserved_before = 0
         own_bytes: ClassVar[dict[str, int]] = {}
 
         def __init__(self, function: Any, purpose: str) -> None:
@@ -420,6 +421,11 @@ def test_out_of_memory(speak: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         (RuntimeError("CUDA error: an illegal\nsecond"), "failed", "RuntimeError: CUDA error: an illegal"),
         (RuntimeError("CUDA error: out of memory\nsecond"), "oom", "CUDA error: out of memory"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "oom", "CUBLAS_STATUS_ALLOC_FAILED when calling"),
+        (
+            RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+            "oom",
+            "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        ),
         (RuntimeError("CUDNN_STATUS_NOT_INITIALIZED"), "failed", "RuntimeError: CUDNN_STATUS_NOT_INITIALIZED"),
         (KeyError(), "failed", "KeyError: no message"),
         (ValueError("x" * 900), "failed", "ValueError: " + "x" * 488),

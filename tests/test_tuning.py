@@ -41,6 +41,7 @@ def test_a_cpu_computes_in_bf16_where_it_has_that(
 ) -> None:
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(tuning, "cpu_features", tuning.cpu_features.__wrapped__)
     monkeypatch.setattr(tuning, "Path", lambda name: tmp_path / Path(name).name)
     assert precision_for(None) == tuned(None).precision == expected
 

@@ -41,7 +41,6 @@ BUSY = "import torch\na = torch.ones(4096, 4096, device='cuda')\nwhile True: tor
 # What a process holds of the card outside of torch: when it has a context, and when it has the loaders of a case too.
 PARTS_OF_MEMORY = """
 import sys, torch
-from dataclasses import replace
 from netdyno.bench import child
 from netdyno.bench.ab import parse_case
 from netdyno.bench.data.prepared import default_root
