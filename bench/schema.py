@@ -310,7 +310,8 @@ RECORD = _object(
         "throughput": _or_null(_table(_or_null(_measure))),
         "memory": _or_null(
             _object(
-                dict.fromkeys(
+                dict.fromkeys(("loaders_mib", "libraries_mib"), _or_null(_number))  # differences, which may be negative
+                | dict.fromkeys(
                     (
                         "peak_allocated_mib",
                         "peak_reserved_mib",
