@@ -137,8 +137,8 @@ def run(order: Order, emit: Emit) -> None:
         with closing(train_loader()) as loader:
             memory = train(workload, step, evaluate, loader, device, emit, order.pictures, references)
     emit(section="timing", value={"steady": steady})
-    emit(section="memory", value=memory | {"nvml_process_mib": nvml_process_mib(device)})
-    emit(section="memory", value={"limit_mib": tuning.memory_limit_mib})
+    counted = {"nvml_process_mib": nvml_process_mib(device), "limit_mib": tuning.memory_limit_mib}
+    emit(section="memory", value=memory | counted)
     if tuning.compile:
         recompiles = new_graphs() - graphs
         emit(section="compile", value={"recompiles": recompiles})

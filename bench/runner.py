@@ -116,7 +116,7 @@ def cache_home() -> Path:
 def child_environment() -> dict[str, str]:
     """The user's own environment, and `CHILD_ENVIRONMENT` where it says nothing else.
 
-    Where Python is not to keep its bytecode beside the sources, as in most containers, a child keeps it in the cache:
+    Where Python is not to keep its bytecode beside the sources, as in many containers, a child keeps it in the cache:
     torch and its compiler are three thousand modules, whose compilation took 8 of the 12 s of each start on two cores.
     """
     environment = CHILD_ENVIRONMENT | os.environ
