@@ -28,7 +28,7 @@ from .regress import Comparison, compare, repeats_needed
 
 LOOKS = 4
 MODES = ("e2e", "compute", "loader")
-SUITES = ("quick", "full", "source")
+SUITES = ("quick", "full", "source", "ladder")
 MEASURED = ("bench", "kernels", "models")  # folders whose changes can change a measurement
 BISECT_SKIP, BISECT_ABORT = 125, 128  # what `git bisect run` takes its command's exit code for
 
@@ -124,7 +124,7 @@ def ab(ref_a: str, ref_b: str, contest: Contest, report: Report, repository: Pat
         for pair in range(contest.repeats):
             sides = [(a, folders[0]), (b, folders[1])]
             for side, results in sides if pair % 2 == 0 else reversed(sides):
-                run_once(side, contest, seed=pair, results=results)
+                run_side(side, contest, seed=pair, results=results)
             comparison = compare(*(read_records(str(path), path) for path in folders), looks=LOOKS)
             report(progress(comparison, pair + 1, contest.repeats))
             over = pair + 1 == contest.repeats or time.monotonic() > end
@@ -134,9 +134,10 @@ def ab(ref_a: str, ref_b: str, contest: Contest, report: Report, repository: Pat
     return comparison
 
 
-def run_once(side: Checkout, contest: Contest, *, seed: int, results: Path) -> None:
-    """One fresh process of one side; a run that fails leaves a record that says so."""
-    options = {"suite": contest.suite, "tuning": contest.tuning, "mode": contest.mode, "seed": seed, "results": results}
+def run_side(side: Checkout, contest: Contest, *, seed: int, results: Path, repeats: int = 1) -> None:
+    """Fresh processes of one side, one after the other; a run that fails leaves a record that says so."""
+    options = {"suite": contest.suite, "tuning": contest.tuning, "mode": contest.mode, "results": results}
+    options |= {"seed": seed, "repeats": repeats}
     if contest.data is not None:
         options["data"] = contest.data.absolute()
     done = side.run(

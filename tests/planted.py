@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from netdyno.bench import gate, machine
-from netdyno.bench.ab import Checkout, Contest, environment, parse_case, run_once
+from netdyno.bench.ab import Checkout, Contest, environment, parse_case, run_side
+from netdyno.bench.record import Record
 from netdyno.bench.regress import sides, step_s
 from netdyno.bench.runner import COLD
 from netdyno.bench.stats import median
@@ -106,11 +107,17 @@ def unit_s() -> float:
 
 
 def fill(side: Checkout, contest: Contest, folder: Path, runs: int) -> None:
-    """Runs until the folder holds so many records."""
+    """Fresh processes until the folder holds so many records."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(len(gate.read_records(str(folder), folder)), runs):
-        run_once(side, contest, seed=0, results=folder)
-        print(f"{folder.name}: {number + 1} of {runs} runs", flush=True)
+    missing = runs - len(whole(folder))
+    if missing > 0:
+        print(f"{folder}: {missing} of {runs} runs", flush=True)
+        run_side(side, contest, seed=0, results=folder, repeats=missing)
+
+
+def whole(folder: Path) -> list[Record]:
+    """The folder's records, but for runs that were cut off with the experiment."""
+    return [record for record in gate.read_records(str(folder), folder) if record["status"] != "killed"]
 
 
 def main() -> int:
@@ -132,7 +139,7 @@ def main() -> int:
     fill(calm, contest, folder / "baseline", options.baseline)
     slug = machine.describe()["slug"]
     if not (folder / "results" / slug / gate.NAME).exists():
-        gate.update(gate.read_records(str(folder / "baseline"), folder), folder / "results")
+        gate.update(whole(folder / "baseline"), folder / "results")
     (side,) = sides(gate.baseline_records(folder / "results", slug)).values()
     step = median([time for run in side.runs if (time := step_s(run)) is not None])
 

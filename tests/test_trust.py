@@ -28,10 +28,21 @@ class Made(trust.Series):
 
 @pytest.mark.parametrize(("second", "holds"), [(1003.0, True), (997.0, True), (1006.0, False), (994.0, False)])
 def test_pairs(second: float, holds: bool) -> None:
-    rows = list(trust.pairs(Made(calm=[make(1, images_per_s=1000.0), make(2, images_per_s=second)])))
-    assert len(rows) == len(trust.PAIRS)
-    assert {row[3] for row in rows} == {holds}
-    assert f"{second / 1000:.4f}" in rows[0][2]
+    made = Made(calm=[make(1, images_per_s=1000.0), make(2, images_per_s=second)])
+    ((_, _, found, shown),) = trust.pairs(made, trust.SHORT)
+    assert f"{second / 1000:.4f}" in found
+    assert shown == holds
+
+
+def test_the_page_holds_the_parts_of_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "trust.md"
+    page.write_text("<!-- trust:begin -->\n<!-- trust:end -->\n")
+    monkeypatch.setattr(trust, "PAGE", page)
+    (tmp_path / "spin.json").write_text(json.dumps([["spun", "2", "2.1", True]]))
+    assert trust.write_page(tmp_path) == 0
+    (tmp_path / "pairs-dcgan.json").write_text(json.dumps([["paired", "1", "1.1", False]]))
+    assert trust.write_page(tmp_path) == 1
+    assert page.read_text().index("spun") < page.read_text().index("paired")
 
 
 @pytest.mark.parametrize(("slower", "holds"), [(1.02, True), (1.0225, True), (1.016, False), (1.03, False)])
