@@ -49,6 +49,7 @@ from .workloads import Workload, describe, resolve
 
 PICTURED_EPOCHS = {1, 2, 5, 10, 20, 50, 100}  # and the last
 TRACED_STEPS = 5
+TRACED_AFTER_S = 1.0
 LIBRARY_BYTES = 256 << 20  # what cuDNN and cuBLAS may ask for at their start
 BASELINE_WORKERS = 8  # of the DataLoader, or one a core where there are fewer
 
@@ -490,13 +491,21 @@ def accuracy(
 
 
 def write_trace(path: Path, step: Step, batch: Batch, device: torch.device) -> None:
-    """A profiler trace of a few further steps, after everything was measured, for chrome://tracing or Perfetto."""
+    """A profiler trace of a few further steps, after everything was measured, for chrome://tracing or Perfetto.
+
+    A second of others comes before them, untraced, so that the clocks are those of a run that goes on.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        for _ in range(TRACED_STEPS):
+    start = time.perf_counter()
+    step(batch.images, batch.labels).sum().item()  # waits for the device
+    others = math.ceil(TRACED_AFTER_S / (time.perf_counter() - start))
+    schedule = torch.profiler.schedule(wait=0, warmup=others, active=TRACED_STEPS, repeat=1)
+    with torch.profiler.profile(activities=activities, acc_events=True, schedule=schedule) as profiler:
+        for _ in range(others + TRACED_STEPS):
             step(batch.images, batch.labels)
+            profiler.step()
     profiler.export_chrome_trace(str(path))
 
 

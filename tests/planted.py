@@ -23,23 +23,10 @@ from netdyno.bench.runner import COLD
 from netdyno.bench.stats import median
 
 ROOT = Path(__file__).parents[1]
-CALIBRATION = """
-import time, torch
-if torch.cuda.is_available():
-    torch.cuda._sleep(10**8)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record(); torch.cuda._sleep(10**8); end.record(); end.synchronize()
-    print(begin.elapsed_time(end) / 1e3 / 10**8)
-else:
-    times = []
-    for _ in range(2000):
-        start = time.perf_counter()
-        torch.mm(torch.ones(256, 256), torch.ones(256, 256))
-        times.append(time.perf_counter() - start)
-    print(sorted(times)[1000])
-"""
 # What is appended to bench/step.py, so that the work is part of each step of one batch, captured with it.
 EXTRA = """
+
+from .spin import spin
 
 
 def _planted(make):
@@ -57,11 +44,7 @@ def _planted(make):
 
 _plain_step, _adversarial_step = _planted(_plain_step), _planted(_adversarial_step)
 """
-SPIN = """if device.type == "cuda":
-                torch.cuda._sleep({units})
-            else:
-                for _ in range({units}):
-                    torch.mm(torch.ones(256, 256), torch.ones(256, 256))"""
+SPIN = "spin({units}, device)"
 DEAF = "\n\nSampler._run = lambda self: None\n"
 HOARD = "hoard = torch.empty({units} << 20, dtype=torch.uint8, device=device)"
 
@@ -83,6 +66,7 @@ def copy(
         for name in ("bench", "kernels", "models"):
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         if plant is not None:
+            shutil.copy(ROOT / "tests" / "spin.py", tree / "bench")
             with (tree / "bench" / "step.py").open("a") as file:
                 file.write(EXTRA.replace("{plant}", plant))
         if deaf:
@@ -101,9 +85,10 @@ def copy(
     return Checkout(commit="this tree", tree=tree, environment=environment(packages, cache))
 
 
-def unit_s() -> float:
-    """The seconds of one unit of `SPIN` on this machine."""
-    return float(subprocess.run([sys.executable, "-c", CALIBRATION], capture_output=True, text=True, check=True).stdout)
+def units_for(seconds: float) -> int:
+    """How many units of `SPIN` take so long on this machine, found in a process of its own."""
+    command = [sys.executable, str(ROOT / "tests" / "spin.py"), str(seconds)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def fill(side: Checkout, contest: Contest, folder: Path, runs: int) -> None:
@@ -143,15 +128,14 @@ def main() -> int:
     (side,) = sides(gate.baseline_records(folder / "results", slug)).values()
     step = median([time for run in side.runs if (time := step_s(run)) is not None])
 
-    units = folder / "unit_s"  # kept, as the copies are
+    units = folder / f"units-{options.percent}"  # kept, as the copies are
     if not units.exists():
-        units.write_text(str(unit_s()))
-    extra = max(1, round(step * options.percent / 100 / float(units.read_text())))
-    print(f"step {step:.6f} s, {extra} units of {float(units.read_text()):.3g} s for {options.percent} %", flush=True)
+        units.write_text(str(units_for(step * options.percent / 100)))
+    print(f"step {step:.6f} s, {units.read_text()} units of extra work for {options.percent} %", flush=True)
     slow = copy(
         folder / f"copy-slow-{options.percent}",
         folder / f"cache-slow-{options.percent}",
-        SPIN.format(units=extra),
+        SPIN.format(units=units.read_text()),
         compiled_like=folder / "cache-calm",
     )
 

@@ -47,7 +47,7 @@ def test_the_page_holds_the_parts_of_all_runs(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(("slower", "holds"), [(1.02, True), (1.0225, True), (1.016, False), (1.03, False)])
 def test_spin(monkeypatch: pytest.MonkeyPatch, slower: float, holds: bool) -> None:
-    monkeypatch.setattr(trust, "unit_s", lambda: 1e-9)
+    monkeypatch.setattr(trust, "units_for", lambda seconds: 1)
     calm = make(1, images_per_s=1020.0, train_s=2.0, steps=10)
     (row,) = trust.spin(Made(calm=[calm], spin=[make(2, images_per_s=1020.0 / slower)]))
     assert (row[2], row[3]) == (f"{100 * (slower - 1):.2f} %", holds)
@@ -94,7 +94,7 @@ def test_a_planted_copy_starts_from_the_compiled_code_of_the_calm_one(tmp_path: 
     kept = json.loads((taken / COLD).read_text())
     assert kept["compile"] == {"cold_s": 1.0}
     assert kept["code"] not in ("calm", code_hash())  # its own, by which it knows that nothing is to be compiled anew
-    assert "_sleep(3)" in (slow.tree / "bench" / "step.py").read_text()
+    assert "spin(3, device)" in (slow.tree / "bench" / "step.py").read_text()
 
 
 def test_busy(monkeypatch: pytest.MonkeyPatch) -> None:
