@@ -11,6 +11,7 @@ from torch import nn
 from ..models.dcgan import LATENT
 from .basis import Coordinates
 from .capture import Captured
+from .muon import Muon
 from .tuning import Tuning
 from .workloads import Recipe, Workload
 
@@ -20,6 +21,7 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 REAL_LABEL = 0.9  # one-sided label smoothing of 0.1 (Salimans et al. 2016)
 RISE = 0.3  # of a one-cycle run, in which the learning rate rises from START of its peak
 START = 0.04
+RISE_OF_LINES = 0.23
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,8 +40,10 @@ class Player:
         self._new_scaler = self.scaler.state_dict()
         self._captured = tuning.capture
         where = device if tuning.capture else torch.device("cpu")
-        shares = [one_cycle(step / steps) for step in range(steps + 1)] if recipe.schedule == "one-cycle" else [1.0]
-        self._rates = recipe.learning_rate * torch.tensor(shares, dtype=torch.float64).to(where, torch.float32)
+        share = SCHEDULES[recipe.schedule]
+        shares = torch.tensor([share(step / steps) for step in range(steps + 1)], dtype=torch.float64)
+        peaks = torch.tensor([group["lr"] for group in self.optimizer.param_groups], dtype=torch.float64)
+        self._rates = torch.outer(shares, peaks).to(where, torch.float32)  # [step, group]
         self._done = torch.zeros(1, dtype=torch.int64, device=where)  # steps, until the schedule ends
         self._ahead: list[Any] = []
 
@@ -61,12 +65,12 @@ class Player:
         """Looks up the learning rates of the next `steps` updates."""
         ahead = (self._done + torch.arange(steps, device=self._done.device)).clamp_(max=len(self._rates) - 1)
         rates = self._rates[ahead]
-        self._ahead = list(rates.unbind()) if self._captured else rates.tolist()
+        self._ahead = [list(row) for row in rates] if self._captured else rates.tolist()
         self._done.add_(steps).clamp_(max=len(self._rates) - 1)
 
     def update(self, loss: torch.Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._ahead[0]
+        for group, rate in zip(self.optimizer.param_groups, self._ahead[0], strict=True):
+            group["lr"] = rate
         self._ahead = self._ahead[1:]
         self.scaler.scale(loss).backward()
         if self._coordinates is not None:
@@ -88,8 +92,25 @@ def one_cycle(progress: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (min(progress, 1.0) - RISE) / (1 - RISE))
 
 
+def rise_and_fall(progress: float) -> float:
+    """Up along a line for the first `RISE_OF_LINES` of a run, then down along one to zero at its end."""
+    if progress < RISE_OF_LINES:
+        return (1 + progress / RISE_OF_LINES * 4) / 5
+    return max(0.0, 1 - progress) / (1 - RISE_OF_LINES)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "one-cycle": one_cycle,
+    "down": lambda progress: max(0.0, 1 - progress),
+    "up-down": rise_and_fall,
+}
+
+
 def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tuning) -> torch.optim.Optimizer:
     """The recipe's optimizer; RMSprop has no fused form and takes the default one (ρ 0.9, as its source has it)."""
+    if recipe.optimizer == "muon":
+        return make_muon(parameters, recipe, tuning)
     common: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, alpha=0.9, capturable=tuning.capture, **common)
@@ -103,6 +124,26 @@ def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tunin
         for parameter in parameters:
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
+
+
+def make_muon(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tuning) -> Muon:
+    """Convolutions by Muon; the linear layer's weight and the biases by SGD, each at a rate of its own."""
+    kinds = [[weight for weight in parameters if weight.ndim == dimensions] for dimensions in (4, 2, 1)]
+    convolutions, head, biases = kinds
+    plain = [
+        {"params": members, "lr": rate, "weight_decay": recipe.weight_decay / rate}
+        for members, rate in ((head, recipe.head_rate), (biases, recipe.bias_rate))
+    ]
+    return Muon(
+        convolutions,
+        plain,
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        plain_momentum=recipe.plain_momentum,
+        weight_decay=recipe.weight_decay,
+        half=DTYPES[tuning.precision],
+        compile=tuning.compile,
+    )
 
 
 def why_uncaptured(recipe: Recipe, tuning: Tuning) -> str | None:
@@ -152,8 +193,13 @@ def _plain_step(
     """One update of one network by one loss."""
     player = Player(network, workload.recipe, tuning, device, steps)
 
+    recipe = workload.recipe
+
     def classification_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(network(images).float(), labels)
+        if recipe.jitter:
+            images = jittered(images, recipe.jitter)
+        logits = network(images).float()
+        return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction=recipe.reduction)
 
     def reconstruction_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.mse_loss(network(images).float(), images.float())
@@ -167,6 +213,12 @@ def _plain_step(
         return loss.detach()
 
     return step, [player]
+
+
+def jittered(images: torch.Tensor, most: float) -> torch.Tensor:
+    """Images [B, C, H, W] at another brightness and contrast each, uniform within ±`most` of a standard deviation."""
+    shift, scale = most * (2 * torch.rand(2, len(images), 1, 1, 1, device=images.device, dtype=images.dtype) - 1)
+    return (images + shift) * (1 + scale)
 
 
 def _adversarial_step(

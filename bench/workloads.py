@@ -18,8 +18,8 @@ from ..models.mnist_cnn import MnistCnn
 from ..models.resnet50_transfer import ResNet50Transfer
 from .errors import UserError
 
-OptimizerName = Literal["sgd", "adam", "rmsprop"]
-ScheduleName = Literal["constant", "one-cycle"]
+OptimizerName = Literal["sgd", "adam", "rmsprop", "muon"]
+ScheduleName = Literal["constant", "one-cycle", "down", "up-down"]
 BasisName = Literal["taps", "frequencies"]
 Objective = Literal["classify", "reconstruct", "adversarial"]
 
@@ -38,6 +38,7 @@ class Preprocess:
     std: tuple[float, ...]
     crop_padding: int = 0  # training, array sets: reflect-pad by so many pixels, then a random crop of the old size
     flip: bool = False  # training: mirror left-right with probability ½
+    alternate: bool = False  # … but each image by turns, from epoch to epoch
     shear_deg: float = 0.0  # training, JPEG sets: uniform in ±shear_deg
     zoom: float = 0.0  # training, JPEG sets: factor uniform in [1 - zoom, 1 + zoom]
     image_size: int | None = None  # JPEG sets: side of the square that the network sees, in pixels
@@ -59,6 +60,13 @@ class Recipe:
     weight_decay: float = 0.0
     schedule: ScheduleName = "constant"
     basis: BasisName = "taps"  # what of 3×3 filters the optimizer takes for coordinates
+    head_rate: float = 0.0  # muon: the peak for the last layer …
+    bias_rate: float = 0.0  # … and for biases, both trained by SGD with Nesterov's momentum …
+    plain_momentum: float = 0.0  # … which is this
+    label_smoothing: float = 0.0
+    reduction: Literal["mean", "sum"] = "mean"  # of a batch's losses
+    jitter: float = 0.0  # training: brightness and contrast of an image, in standard deviations
+    sides: tuple[tuple[int, float], ...] = ()  # (pixels of an image's side, so many epochs), in order; (): as stored
     train_images: int | None = None  # images of the training split that are used, spread evenly; None: all
     eval_images: int | None = None
 
@@ -102,6 +110,7 @@ class Workload:
     also_at_least: Mapping[str, float] | None = None  # further metrics that the final epoch must reach
     target_share: float | None = None  # SWD: the share of (untrained - real) that may be left
     source_augments: bool = False  # whether the published recipe augments its images too
+    unsure: float = 0.0  # the share of test images, the least certain, that are judged by five further views of each
     weights: Literal["imagenet", "random"] | None = None  # what a transfer network starts from
     division: str = "closed"
 
