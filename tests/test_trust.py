@@ -12,7 +12,7 @@ from made_up_records import make
 from netdyno.bench.record import code_hash
 from netdyno.bench.runner import COLD
 
-KERNEL = "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>"
+KERNEL = "void at::native::nll_loss_forward_reduce_cuda_kernel_2d<float>"
 
 
 class Made(trust.Series):
@@ -63,7 +63,7 @@ def test_allocation(peak: float, holds: bool) -> None:
 @pytest.mark.parametrize(("counted", "holds"), [(1370.0, True), (1304.0, False), (1443.0, False)])
 def test_memory(monkeypatch: pytest.MonkeyPatch, counted: float, holds: bool) -> None:
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 0, "518.0\n" if command[-1] == trust.PARTS_OF_MEMORY else "228.0\n")
+        return subprocess.CompletedProcess(command, 0, "518.0\n" if command[-1] == "context_mib" else "228.0\n")
 
     monkeypatch.setattr(trust.subprocess, "run", run)
     held = make(1)
@@ -105,7 +105,7 @@ def test_busy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_trace_by_hand() -> None:
-    """Two updates of 128 images between 10 and 30 µs; what is no kernel does not count."""
+    """Two losses of 128 images between 10 and 30 µs; what is no kernel does not count."""
     events = [
         {"cat": "cpu_op", "name": KERNEL, "ts": 0, "dur": 100},
         {"cat": "kernel", "name": "gemm", "ts": 10, "dur": 5},
@@ -114,7 +114,7 @@ def test_a_trace_by_hand() -> None:
     ]
     found = trust.traced_images_per_s({"traceEvents": events}, make(1))
     assert found == pytest.approx(2 * 128 / 20e-6)
-    with pytest.raises(AssertionError, match="without an update"):
+    with pytest.raises(AssertionError, match="without a loss"):
         trust.traced_images_per_s({"traceEvents": events[1:2]}, make(1))
 
 
