@@ -36,8 +36,8 @@ PAIRS = {  # how many of each case
     "resnet50-transfer tuned compute full": 5,
 }
 SHORT = "mnist-cnn tuned compute full"
-# More than ten seconds of kernels so long that a microsecond more for each, by a profiler, is nothing. Tuned it would run
-# into the card's power cap, and its speed would swing by 6 % within half a second.
+# More than ten seconds of kernels so long that a microsecond more for each, by a profiler, is nothing. Tuned it would
+# run into the power cap, and its speed would swing by 6 % within half a second.
 LONG = "cifar100-cnn eager compute full"
 BUSY = "import torch\na = torch.ones(4096, 4096, device='cuda')\nwhile True: torch.mm(a, a); torch.cuda.synchronize()"
 
