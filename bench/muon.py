@@ -55,7 +55,9 @@ class Muon(torch.optim.Optimizer):
         groups += [common | {"momentum": plain_momentum, "orthogonal": False} | group for group in plain]
         super().__init__(groups, {})
         self._half = half
-        self._move: Callable[..., None] = torch.compile(move_orthogonally, fullgraph=True) if compile else move_orthogonally
+        self._move: Callable[..., None] = (
+            torch.compile(move_orthogonally, fullgraph=True) if compile else move_orthogonally
+        )
         for group in self.param_groups:
             for weight in group["params"]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)

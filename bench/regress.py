@@ -199,7 +199,9 @@ QUANTITIES: tuple[Quantity, ...] = (  # of those of one name, the first that the
     Quantity(
         name="peak memory",
         unit="MiB by NVML",
-        read=lambda record: _positive(record, "memory", "nvml_process_peak_mib"),
+        # Held after training, and with it what torch reserved at its peak. The sampled peak now and then meets the
+        # trials of cuDNN before, which take 100 MiB for a moment.
+        read=lambda record: _positive(record, "memory", "nvml_process_mib"),
         floor=0.01,
     ),
     Quantity(

@@ -49,9 +49,7 @@ class Speedrun:
         if tuning.channels_last:
             self._network.to(memory_format=torch.channels_last)
         self._place, eval_place = child.places(workload, train_set, eval_set, tuning, device)
-        self._eval_loader = child.make_loader(
-            workload, eval_set, tuning, device, train=False, seed=0, into=eval_place
-        )
+        self._eval_loader = child.make_loader(workload, eval_set, tuning, device, train=False, seed=0, into=eval_place)
         with closing(self._loader(0)) as loader:
             self._at_once = loader.batches_at_once
             per_epoch = loader.batches_per_epoch
@@ -63,7 +61,10 @@ class Speedrun:
         self._small = {side: None for side, _ in sides if side != train_set.images.shape[1]}
         self._step, self._players = make_step(workload, self._network, tuning, device, len(self._plan) * self._at_once)
         self._judge = self._make_judge()
-        mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (workload.preprocess.mean, workload.preprocess.std))
+        mean, std = (
+            torch.tensor(values, device=device).view(-1, 1, 1)
+            for values in (workload.preprocess.mean, workload.preprocess.std)
+        )
         first = torch.tensor(np.ascontiguousarray(train_set.images[:WHITENED]), device=device).permute(0, 3, 1, 2)
         self._first = (first / 255 - mean) / std
 
@@ -77,7 +78,12 @@ class Speedrun:
         unsure = self._workload.unsure
 
         def in_chunks(images: Tensor) -> Tensor:
-            return torch.cat([logits_of(chunk.contiguous(memory_format=torch.channels_last)).clone() for chunk in images.split(CHUNK)])
+            return torch.cat(
+                [
+                    logits_of(chunk.contiguous(memory_format=torch.channels_last)).clone()
+                    for chunk in images.split(CHUNK)
+                ]
+            )
 
         def judge(images: Tensor, labels: Tensor) -> Tensor:
             logits = in_chunks(images)
@@ -86,7 +92,9 @@ class Speedrun:
                 sure, _ = logits.float().softmax(1).max(1)
                 rows = sure.topk(count, largest=False, sorted=False).indices
                 again = views(images[rows])
-                logits = logits.index_copy(0, rows, in_chunks(again).view(-1, count, logits.shape[1]).mean(0).to(logits.dtype))
+                logits = logits.index_copy(
+                    0, rows, in_chunks(again).view(-1, count, logits.shape[1]).mean(0).to(logits.dtype)
+                )
             return (logits.argmax(1) == labels).sum()
 
         return Captured(judge, "eval") if self._tuning.capture else judge
@@ -114,7 +122,9 @@ class Speedrun:
             right = self._evaluate()
             clock.step()  # the evaluation counts as one more
             clock.stop()
-        return Seed(100.0 * right, clock.total_s, len(self._plan) * self._at_once, loss.item() / self._at_once, clock.wall_s)
+        return Seed(
+            100.0 * right, clock.total_s, len(self._plan) * self._at_once, loss.item() / self._at_once, clock.wall_s
+        )
 
     def _sized(self, images: Tensor, side: int) -> Tensor:
         if side == images.shape[2]:

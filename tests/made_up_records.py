@@ -57,6 +57,7 @@ def make(number: int, **changes: Any) -> dict[str, Any]:
             "peak_allocated_mib": 512.0,
             "peak_reserved_mib": 600.0,
             "nvml_process_peak_mib": 1536.5,
+            "nvml_process_mib": 1536.5,
             "host_rss_peak_mib": 2048.0,
             "limit_mib": None,
         },
@@ -129,7 +130,13 @@ def records() -> list[dict[str, Any]]:
     dcgan = {"workload": "dcgan", "accuracy": swd, "data": faces}
     flowers = {"batch_size": 64, "epochs": 2, "weights": "random"}
     resnet = {"workload": "resnet50-transfer", "recipe": flowers, "accuracy": accuracy([20.0, 41.5], None)}
-    quick = {"suite": "quick", "machine": CPU, "peak_allocated_mib": None, "nvml_process_peak_mib": None}
+    quick = {
+        "suite": "quick",
+        "machine": CPU,
+        "peak_allocated_mib": None,
+        "nvml_process_peak_mib": None,
+        "nvml_process_mib": None,
+    }
     return [
         make(1, images_per_s=540_000.0, accuracy=accuracy([97.0, 99.1]), gpu=seen(1026.0)),
         make(2, images_per_s=550_000.0, accuracy=accuracy([97.2, 99.2]), gpu=seen(1149.5), seed=1),

@@ -72,7 +72,7 @@ def test_a_slowdown_is_a_regression_and_its_opposite_an_improvement() -> None:
 
 
 def test_more_memory_is_a_regression() -> None:
-    old, new = runs(steady(20)), runs(steady(7, seed=1), 20, nvml_process_peak_mib=1636.5)
+    old, new = runs(steady(20)), runs(steady(7, seed=1), 20, nvml_process_mib=1636.5)
     assert of(compare(old, new), "peak memory").verdict == "REGRESSION"  # 100 MiB of 1536.5
     assert of(compare(new, old), "peak memory").verdict == "IMPROVEMENT"
     assert of(compare(old, new), "throughput").verdict == "SAME"
@@ -481,7 +481,7 @@ def session(noise: Noise, random: np.random.Generator, count: int) -> list[dict[
             "created_utc": f"{number:06}",
             "throughput": {"images_per_s": round(1000 * math.exp(shared[number]), 3)},
             "timing": {**base["timing"], "block_s": [round(1.28 * math.exp(-shared[number] + own[number] / 5), 6)]},
-            "memory": {"nvml_process_peak_mib": 1536.0 + 2 * float(memory[number])},
+            "memory": {"nvml_process_mib": 1536.0 + 2 * float(memory[number])},
             "compile": {"warm_s": round(6.5 * math.exp(-compile_s[number]), 3)},
             "gpu": {"energy_j": round(570 * math.exp(power[number]), 1)},
         }
