@@ -25,7 +25,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +56,22 @@ BASELINE_WORKERS = 8  # of the DataLoader, or one a core where there are fewer
 Emit = Callable[..., None]
 
 
-def run(order: Order, emit: Emit) -> None:
-    """Runs the case on the first GPU, or on the CPU where there is none, and emits the sections of its record."""
+class Setting(NamedTuple):
+    """What a case runs on and with, before anything is trained."""
+
+    device: torch.device
+    tuning: Tuning
+    parts: MemoryParts
+    workload: Workload
+    network: nn.Module
+    train_set: ImageSet
+    eval_set: ImageSet
+    place: Batch | None  # where batches come …
+    eval_place: Batch | None  # … and those of evaluations
+
+
+def set_up(order: Order, emit: Emit) -> Setting:
+    """Brings about what a case needs, on the first GPU or else the CPU, and emits `case` and `data` of its record."""
     case = order.case
     device = pick_device(order.gpu)
     tuning = TUNINGS[case.tuning](torch.cuda.get_device_capability() if device.type == "cuda" else None)
@@ -83,8 +97,19 @@ def run(order: Order, emit: Emit) -> None:
     execution = describe_precision(tuning, device) | {"captured": tuning.capture, "uncaptured_because": uncaptured}
     emit(section="case", value=describe(case, workload) | execution)
     emit(section="data", value=describe_data(train_set, eval_set, tuning))
+    both = places(workload, train_set, eval_set, tuning, device)
+    return Setting(device, tuning, parts, workload, network, train_set, eval_set, *both)
 
-    place, eval_place = places(workload, train_set, eval_set, tuning, device)
+
+def run(order: Order, emit: Emit) -> None:
+    """Runs the case on the first GPU, or on the CPU where there is none, and emits the sections of its record."""
+    case = order.case
+    setting = set_up(order, emit)
+    if setting.workload.division == "open":
+        from .speedrun import run_seeds  # here, since it takes from this module
+
+        return run_seeds(order, setting, emit)
+    device, tuning, parts, workload, network, train_set, eval_set, place, eval_place = setting
 
     def train_loader() -> Loader:
         return make_loader(workload, train_set, tuning, device, train=True, seed=case.seed, into=place)
@@ -333,8 +358,8 @@ class Timing:
         self._clocks: list[BlockClock] = []
         self._images = self._steps = 0
 
-    def clock(self, loader: Loader) -> BlockClock:
-        self._clocks.append(BlockClock(self._device, loader.batches_per_epoch, loader.batches_at_once))
+    def clock(self, steps: int, steps_at_once: int) -> BlockClock:
+        self._clocks.append(BlockClock(self._device, steps, steps_at_once))
         return self._clocks[-1]
 
     def add(self, images: int, steps: int) -> None:
@@ -366,7 +391,7 @@ def time_batches(
     memory = PeakMemory(device, Captured.own_bytes)
     emit(stage="measure", epochs=workload.recipe.epochs, steps_per_epoch=loader.batches_per_epoch)
     for epoch in range(1, workload.recipe.epochs + 1):
-        clock = timing.clock(loader)
+        clock = timing.clock(loader.batches_per_epoch, loader.batches_at_once)
         images = steps = 0
         emit(timed=True)
         with memory.during("train"):
@@ -426,7 +451,7 @@ def train(
     eval_s_total = 0.0
     emit(stage="train", epochs=epochs, steps_per_epoch=loader.batches_per_epoch)
     for epoch in range(1, epochs + 1):
-        clock = timing.clock(loader)
+        clock = timing.clock(loader.batches_per_epoch, loader.batches_at_once)
 
         def progress(done: int, loss: float, epoch: int = epoch) -> None:
             emit(progress={"epoch": epoch, "step": done, "loss": loss})

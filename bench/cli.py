@@ -33,6 +33,7 @@ class Suite(str, Enum):
     full = "full"
     source = "source"
     ladder = "ladder"
+    open = "open"
 
 
 class TuningName(str, Enum):
@@ -65,6 +66,7 @@ SUITE_TUNINGS = {
     Suite.full: [TuningName.tuned, TuningName.eager],
     Suite.source: [TuningName.fp32],
     Suite.ladder: [TuningName(name) for name in LADDER],
+    Suite.open: [TuningName.tuned],
 }
 
 DataOption = Annotated[
@@ -82,10 +84,10 @@ def list_workloads() -> None:
     """List the workloads, their data sets and targets."""
     from rich.table import Table
 
-    from .workloads import WORKLOADS
+    from .workloads import OPEN, WORKLOADS
 
     grid = Table("workload", "data set", "metric and target", "batch", "epochs", box=None, header_style="bold")
-    for function in WORKLOADS:
+    for function in WORKLOADS + OPEN:
         workload = function()
         recipe, metric = workload.recipe, workload.metric
         goal = metric.name
@@ -100,14 +102,16 @@ def list_workloads() -> None:
 
 @app.command()
 def run(
-    workloads: Annotated[list[str] | None, typer.Argument(metavar="WORKLOAD", help="[default: all six]")] = None,
+    workloads: Annotated[
+        list[str] | None, typer.Argument(metavar="WORKLOAD", help="[default: all of the suite]")
+    ] = None,
     suite: Annotated[
         Suite,
         typer.Option(
             "--suite",
             metavar="SUITE",
             help="quick: two short epochs; full: to the target; source: as published; ladder: two"
-            " epochs of each tuning from eager to tuned.",
+            " epochs of each tuning from eager to tuned; open: the open division, to its targets.",
         ),
     ] = Suite.quick,
     tuning: Annotated[
@@ -133,6 +137,15 @@ def run(
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", min=0, max=2**31 - 1, help="Of weights, order and augmentation.")
     ] = 0,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            "--seeds",
+            metavar="N",
+            min=1,
+            help="Open division: so many, from --seed on, in one process.  [default: 30; quick: 2]",
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Fresh processes for each case.")] = 1,
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip cases that the results folder holds already, from the same code.")
@@ -154,10 +167,12 @@ def run(
     from . import inflight, machine, runner
     from .data.dali import import_dali
     from .tuning import TUNINGS
-    from .workloads import Case, find, names
+    from .workloads import Case, find, names, resolve
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's "stop" ends a run as Ctrl-C does
-    chosen = [find(name) for name in workloads or names()]
+    chosen = [find(name) for name in workloads or names(suite.value)]
+    if seeds is not None and any(workload.division == "closed" for workload in chosen):
+        raise UserError("--seeds is for the open division; elsewhere each seed is a run of its own: --seed")
     tunings = [name.value for name in tuning or SUITE_TUNINGS[suite]]
     check_writable(results)
     here = machine.describe()
@@ -179,11 +194,20 @@ def run(
     hashes = announce_data(sorted({workload.dataset for workload in chosen}), root)
 
     cases = [
-        Case(workload=workload.name, suite=suite.value, tuning=name, mode=mode.value, seed=seed)
+        Case(
+            workload=workload.name,
+            suite=suite.value,
+            tuning=name,
+            mode=mode.value,
+            seed=seed,
+            seeds=1 if workload.division == "closed" else seeds or (30 if suite is Suite.open else 2),
+        )
         for workload in chosen
         for name in tunings
         for _ in range(repeats)
     ]
+    for case in cases:
+        resolve(case)  # a suite of another division ends the command here
     if find_batch_size:
         return say_batch_sizes(cases, root, here)
     done: Counter[Case] = Counter()
@@ -280,7 +304,8 @@ def held(records: list[Record], here: dict[str, Any], hashes: dict[str, dict[str
             and (record["case"].get("recipe") or {}).get("weights") != missing_weights
         )
 
-    return Counter(Case(**{name: record["case"].get(name) for name in fields}) for record in records if counts(record))
+    whole = (record["case"] for record in records if counts(record))
+    return Counter(Case(**{name: value for name, value in case.items() if name in fields}) for case in whole)
 
 
 @app.command()

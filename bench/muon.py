@@ -18,13 +18,13 @@ ITERATIONS = 3
 EPSILON = 1e-7
 
 
-def orthogonalised(matrices: Tensor, iterations: int = ITERATIONS) -> Tensor:
-    """Matrices [N, R, C], R ≤ C, with singular values near one, after as many iterations in their own type.
+def orthogonalised(matrices: Tensor, dtype: torch.dtype | None = None, iterations: int = ITERATIONS) -> Tensor:
+    """Matrices [N, R, C] with their singular values brought near one, by products in `dtype`, their own by default.
 
     Sides that are longer than needed may be filled up with zeros, which stay.
     """
     a, b, c = POLYNOMIAL
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + EPSILON)
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + EPSILON)).to(dtype)
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
                 self._move(weights, gradients, buffers, rate, momentum, decay, self._half)
                 continue
             if decay:
-                gradients = torch._foreach_add(gradients, weights, alpha=decay)
+                gradients = list(torch._foreach_add(gradients, weights, alpha=decay))
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, gradients)
             steps = torch._foreach_add(gradients, buffers, alpha=momentum)
@@ -102,8 +102,7 @@ def move_orthogonally(
         flat = [ahead[number].flatten(1) for number in numbers]
         widest = max(matrix.shape[1] for matrix in flat)
         stacked = torch.stack([F.pad(matrix, (0, widest - matrix.shape[1])) for matrix in flat])
-        stacked = stacked / (stacked.norm(dim=(1, 2), keepdim=True) + EPSILON)
-        directions = orthogonalised(stacked.to(half)).to(rate.dtype)
+        directions = orthogonalised(stacked, half).to(rate.dtype)
         for number, direction in zip(numbers, directions, strict=True):
             weight = weights[number]
             columns = weight[0].numel()

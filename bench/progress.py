@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import fmean
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +27,7 @@ class Listener:
         self._console, self._bar = console, bar
         self._task = bar.add_task("start", total=None, note="")
         self._epochs = self._steps = 0
+        self._each = "epoch"
         self._start = perf_counter()
         self.user_error = False
 
@@ -33,13 +35,14 @@ class Listener:
         self.user_error |= bool(event.get("user_error"))
         if "stage" in event:
             self._epochs, self._steps = event.get("epochs", 0), event.get("steps_per_epoch", 0)
+            self._each = event.get("each", "epoch")
             total = self._epochs * self._steps or None
             self._bar.update(self._task, description=event["stage"], total=total, completed=0, note="")
         if "progress" in event:
             self._progress(**event["progress"])
 
     def _progress(self, epoch: int, step: int, loss: float | None = None, metric: float | None = None) -> None:
-        where = f"epoch {epoch}/{self._epochs}"
+        where = f"{self._each} {epoch}/{self._epochs}"
         note = "" if loss is None else f"loss {loss:.4g}"
         if metric is not None:
             note += f"  metric {metric:.2f}"
@@ -72,4 +75,15 @@ def outcome(record: Record) -> str:
     text = f"{record['throughput']['images_per_s']:,.0f} images/s"
     if accuracy := record["accuracy"]:
         text += f", {accuracy['metric']} {accuracy['final']:.2f} {accuracy['unit']}"
+        if seeds := accuracy.get("seeds"):
+            text += f" {of_seeds(accuracy, len(seeds))}"
     return text
+
+
+def of_seeds(accuracy: dict[str, Any], count: int) -> str:
+    """What an outcome says of the seeds of the open division behind its mean."""
+    seconds = fmean(row["train_s"] for row in accuracy["seeds"])
+    if count == 1:
+        return f"by one seed in {seconds:.4g} s"
+    spread = f"± {accuracy['standard_deviation']:.2f} over {count} seeds, at least {accuracy['lower_bound']:.2f}"
+    return f"{spread}, in {seconds:.4g} s each"

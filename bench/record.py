@@ -26,6 +26,10 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
     roofline    flop_per_s, bytes_per_s, ceiling_flop_per_s, ceiling_bytes_per_s, share (of the images/s that the
                 ceilings allow; counted in bench/roofline.py, the ceilings measured by netdyno doctor)
     code
+
+A record of the open division holds many seeds: their number as `case.seeds`, and for the curve `accuracy.seeds` (seed,
+train_s and metric of each; `final` is their mean), `standard_deviation`, `lower_bound` (of the mean, at 95 %) and
+`surely` (whether that reaches the target too).
 """
 
 import errno
@@ -61,8 +65,10 @@ MEASURES: tuple[str, ...] = (
                 "gpu",
                 "measure",
                 "metrics",
+                "muon",
                 "order",
                 "runner",
+                "speedrun",
                 "start",
                 "step",
                 "train",

@@ -23,6 +23,7 @@ LARGEST_PICTURE = 2 * 2**20
 LARGEST_NUMBER = 1e18
 LONGEST_TEXT = 1_000
 MOST_EPOCHS = 10_000
+MOST_SEEDS = 1_000
 DEEPEST = 6
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")  # what becomes part of a file's path
 PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\.[0-9]{1,6}\.webp")
@@ -256,6 +257,7 @@ _EPOCH = _object(
     },
     required=("epoch",),
 )
+_SEED = _object({"seed": _count, "train_s": _measure, "metric": _number}, required=("seed", "train_s", "metric"))
 CEILINGS = _object(
     {
         "measured_utc": _time,
@@ -289,7 +291,7 @@ RECORD = _object(
             {
                 **dict.fromkeys(("workload", "tuning", "mode"), _name),
                 **dict.fromkeys(("division", "suite", "precision"), _or_null(_name)),
-                "seed": _or_null(_count),
+                **dict.fromkeys(("seed", "seeds"), _or_null(_count)),
                 "gpus": _or_null(_count),
                 "recipe": _or_null(_table(_plain)),
             },
@@ -332,8 +334,11 @@ RECORD = _object(
                     "metric": _or_null(_text),
                     "unit": _or_null(_text),
                     "higher_is_better": _or_null(_flag),
-                    "reached": _or_null(_flag),
-                    **dict.fromkeys(("final", "best", "target"), _or_null(_number)),
+                    **dict.fromkeys(("reached", "surely"), _or_null(_flag)),
+                    **dict.fromkeys(
+                        ("final", "best", "target", "standard_deviation", "lower_bound"), _or_null(_number)
+                    ),
+                    "seeds": _or_null(_each(_SEED, MOST_SEEDS)),
                     "train_s_to_target": _or_null(_measure),
                     "also_at_least": _or_null(_table(_or_null(_number))),
                     "references": _or_null(_table(_or_null(_number))),

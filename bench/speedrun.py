@@ -1,157 +1,239 @@
-"""The open division: seeds one after the other in one process, each trained anew to the end, by one captured step.
+"""The open division: seed after seed in one process, each trained anew to its end by the same captured steps.
 
-A seed's time goes from before its first step, whitening and the loader's first fill included, to the end of its one
-evaluation, further views included. Compilation, capture and a first seed that does not count come before.
+A seed's time goes from before its first step to the end of its one evaluation: whitening, the loader's first fill and
+all further views of test images are inside. Outside are what is done once, compilation, capture, a seed that does not
+count and the sets that stay on the device, and between two seeds the drawing of new weights and a new loader.
 """
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import closing
-from typing import NamedTuple
+from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.whitened_cnn import WhitenedCnn
 from . import child
 from .capture import Captured
-from .data.loader import Batch
-from .data.prepared import ImageSet
-from .measure import BlockClock
-from .step import make_step, execute
-from .tuning import Tuning
-from .workloads import Workload
+from .child import Emit, Setting
+from .data.loader import Batch, Loader
+from .errors import UserError
+from .measure import BlockClock, PeakMemory, nvml_process_mib
+from .order import Order
+from .stats import bootstrap_interval
+from .step import execute, make_step
+from .train import Diverged
+from .workloads import OpenRecipe
 
-WHITENED = 960  # images whose patches are whitened
-CHUNK = 2500  # test images at a time
-
-
-class Seed(NamedTuple):
-    """What one seed reached."""
-
-    metric: float
-    seconds: float
-    steps: int
-    loss: float
-    wall_s: float
+WHITENED = 960  # training images whose patches are whitened
+CHUNK = 2_500  # test images that are judged at a time
+WARM_UP_SEED = 2**31 - 1
+BELOW = 0.95  # the confidence that the mean is above its lower bound
 
 
 class Speedrun:
-    """A network with everything that trains and judges it, for seed after seed."""
+    """A network and everything that trains and judges it, for one seed after the other."""
 
-    def __init__(
-        self, workload: Workload, train_set: ImageSet, eval_set: ImageSet, tuning: Tuning, device: torch.device
-    ) -> None:
-        self._workload, self._tuning, self._device = workload, tuning, device
-        self._train_set = train_set
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        device, tuning, workload = setting.device, setting.tuning, setting.workload
         recipe = workload.recipe
-        self._network = workload.network(train_set.classes).to(device)
+        assert isinstance(recipe, OpenRecipe)
+        if tuning.loader != "dali" or setting.train_set.images is None:
+            raise UserError(f"the open division is fed by DALI, from arrays; --tuning {tuning.name} is not")
+        self._network = setting.network.to(device)
         if tuning.channels_last:
-            self._network.to(memory_format=torch.channels_last)
-        self._place, eval_place = child.places(workload, train_set, eval_set, tuning, device)
-        self._eval_loader = child.make_loader(workload, eval_set, tuning, device, train=False, seed=0, into=eval_place)
+            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         with closing(self._loader(0)) as loader:
-            self._at_once = loader.batches_at_once
-            per_epoch = loader.batches_per_epoch
-        side = train_set.images.shape[1]
-        sides = recipe.sides or ((side, float(recipe.epochs)),)
-        self._plan = [
-            side for side, epochs in sides for _ in range(round(epochs * per_epoch / self._at_once))
-        ]  # of each super-step
-        self._small = {side: None for side, _ in sides if side != train_set.images.shape[1]}
-        self._step, self._players = make_step(workload, self._network, tuning, device, len(self._plan) * self._at_once)
-        self._judge = self._make_judge()
-        mean, std = (
-            torch.tensor(values, device=device).view(-1, 1, 1)
-            for values in (workload.preprocess.mean, workload.preprocess.std)
+            self.steps_at_once = loader.batches_at_once
+            calls_per_epoch = loader.batches_per_epoch / loader.batches_at_once
+        self._side = setting.train_set.images.shape[1]
+        sides = recipe.sides or ((self._side, float(recipe.epochs)),)
+        self._plan = [side for side, epochs in sides for _ in range(round(epochs * calls_per_epoch))]
+        self.steps = len(self._plan) * self.steps_at_once
+        self._small: dict[int, Tensor] = {}  # where images of other sides come: a captured step reads one place
+        self._step, self._players = make_step(workload, self._network, tuning, device, self.steps)
+        self._eval_loader = child.make_loader(
+            workload, setting.eval_set, tuning, device, train=False, seed=0, into=setting.eval_place
         )
-        first = torch.tensor(np.ascontiguousarray(train_set.images[:WHITENED]), device=device).permute(0, 3, 1, 2)
-        self._first = (first / 255 - mean) / std
+        logits_of = execute(self._network, tuning, device)
 
-    def _loader(self, seed: int):
-        return child.make_loader(
-            self._workload, self._train_set, self._tuning, self._device, train=True, seed=seed, into=self._place
-        )
-
-    def _make_judge(self):
-        logits_of = execute(self._network, self._tuning, self._device)
-        unsure = self._workload.unsure
-
-        def in_chunks(images: Tensor) -> Tensor:
-            return torch.cat(
-                [
-                    logits_of(chunk.contiguous(memory_format=torch.channels_last)).clone()
-                    for chunk in images.split(CHUNK)
-                ]
-            )
-
-        def judge(images: Tensor, labels: Tensor) -> Tensor:
+        def count_right(images: Tensor, labels: Tensor) -> Tensor:
             logits = in_chunks(images)
-            if unsure:
-                count = round(unsure * len(images))
-                sure, _ = logits.float().softmax(1).max(1)
-                rows = sure.topk(count, largest=False, sorted=False).indices
-                again = views(images[rows])
-                logits = logits.index_copy(
-                    0, rows, in_chunks(again).view(-1, count, logits.shape[1]).mean(0).to(logits.dtype)
-                )
+            if recipe.unsure:
+                rows = least_sure(logits, round(recipe.unsure * len(images)))
+                again = in_chunks(views(images[rows])).unflatten(0, (-1, len(rows)))
+                logits = logits.index_copy(0, rows, again.mean(0))
             return (logits.argmax(1) == labels).sum()
 
-        return Captured(judge, "eval") if self._tuning.capture else judge
+        def in_chunks(images: Tensor) -> Tensor:
+            chunks = (chunk.contiguous(memory_format=torch.channels_last) for chunk in images.split(CHUNK))
+            return torch.cat([logits_of(chunk).float() for chunk in chunks])
 
-    def reset(self, seed: int) -> None:
+        self._count_right = Captured(count_right, "eval") if tuning.capture else count_right
+        mean, std = (torch.tensor(values) for values in (workload.preprocess.mean, workload.preprocess.std))
+        first = torch.tensor(np.ascontiguousarray(setting.train_set.images[:WHITENED]))
+        self._first = ((first / 255 - mean) / std).permute(0, 3, 1, 2).to(device)
+
+    def close(self) -> None:
+        self._eval_loader.close()
+
+    def run(self, seed: int, clock: BlockClock, memory: PeakMemory) -> tuple[float, float]:
+        """Trains and judges from new weights: the metric and the last loss. Raises `Diverged`."""
+        self._restart(seed)
+        with closing(self._loader(seed)) as loader, memory.during("train"):
+            clock.start()
+            if isinstance(self._network, WhitenedCnn):
+                self._network.whiten(self._first)
+            for side, batch in zip(self._plan, endless(loader), strict=False):
+                loss = self._step(self._at(side, batch.images), batch.labels)
+                clock.step(batch.batches)
+            metric = self._evaluate()
+            clock.step()  # the evaluation counts as one more
+            clock.stop()
+        last = loss.item() / self.steps_at_once
+        if not math.isfinite(last):
+            raise Diverged(f"training loss {last} at the end of seed {seed}")
+        return metric, last
+
+    def _restart(self, seed: int) -> None:
         torch.manual_seed(seed)
-        fresh = self._workload.network(self._train_set.classes)
+        fresh = self._setting.workload.network(self._setting.train_set.classes)
         self._network.load_state_dict(fresh.state_dict())
         for player in self._players:
             player.restart()
         self._network.train()
 
-    def run(self, seed: int) -> Seed:
-        self.reset(seed)
-        with closing(self._loader(seed)) as loader:
-            clock = BlockClock(self._device, len(self._plan) * self._at_once, self._at_once)
-            clock.start()
-            if hasattr(self._network, "whiten"):
-                self._network.whiten(self._first)
-            batches = endless(loader)
-            for side in self._plan:
-                batch = next(batches)
-                loss = self._step(self._sized(batch.images, side), batch.labels)
-                clock.step(batch.batches)
-            right = self._evaluate()
-            clock.step()  # the evaluation counts as one more
-            clock.stop()
-        return Seed(
-            100.0 * right, clock.total_s, len(self._plan) * self._at_once, loss.item() / self._at_once, clock.wall_s
+    def _loader(self, seed: int) -> Loader:
+        _, tuning, _, workload, *_ = self._setting
+        return child.make_loader(
+            workload,
+            self._setting.train_set,
+            tuning,
+            self._setting.device,
+            train=True,
+            seed=seed,
+            into=self._setting.place,
         )
 
-    def _sized(self, images: Tensor, side: int) -> Tensor:
-        if side == images.shape[2]:
+    def _at(self, side: int, images: Tensor) -> Tensor:
+        """Images [B, C, side, side], always at the same place."""
+        if side == self._side:
             return images
-        small = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
-        if self._small[side] is None:
-            self._small[side] = small.contiguous(memory_format=torch.channels_last)
-        return self._small[side].copy_(small)
+        scaled = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
+        if side not in self._small:
+            self._small[side] = torch.empty_like(scaled, memory_format=torch.channels_last)
+        return self._small[side].copy_(scaled)
 
     @torch.no_grad()
     def _evaluate(self) -> float:
+        """Share of right answers, in %."""
         self._network.eval()
-        right = images = 0
+        right = torch.zeros((), dtype=torch.int64, device=self._setting.device)
+        images = 0
         for batch in self._eval_loader.epoch():
-            right += self._judge(batch.images, batch.labels)
+            right += self._count_right(batch.images, batch.labels)
             images += batch.valid
-        return right.item() / images
+        return 100.0 * right.item() / images
 
 
-def endless(loader) -> Iterator[Batch]:
+def endless(loader: Loader) -> Iterator[Batch]:
+    """Batches of whole calls, epoch after epoch."""
     while True:
-        yield from loader.epoch()
+        for batch in loader.epoch():
+            if batch.batches == loader.batches_at_once:
+                yield batch
+
+
+def least_sure(logits: Tensor, count: int) -> Tensor:
+    """The rows of `logits` [N, classes] whose likeliest class is the least likely."""
+    return logits.softmax(1).amax(1).topk(count, largest=False, sorted=False).indices
 
 
 def views(images: Tensor) -> Tensor:
-    """Six views of images [N, C, H, W], one behind the other: shifted by a pixel up left, down right, not; mirrored."""
+    """Six views of images [N, C, H, W], one set behind the other: as they are and a pixel up and left, down and right,
+    reflected at the border; and all of these mirrored."""
     height, width = images.shape[2:]
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     moved = torch.cat([images, padded[:, :, :height, :width], padded[:, :, 2:, 2:]])
     return torch.cat([moved, moved.flip(3)])
+
+
+def run_seeds(order: Order, setting: Setting, emit: Emit) -> None:
+    """Runs the seeds of a case of the open division and emits the sections of its record."""
+    case, device, tuning, parts = order.case, setting.device, setting.tuning, setting.parts
+    if case.mode != "e2e":
+        raise UserError("the open division is timed end to end: leave --mode out")
+    with closing(Speedrun(setting)) as speedrun:
+
+        def warm_up() -> float:
+            start = time.perf_counter()
+            speedrun.run(WARM_UP_SEED, BlockClock(device, speedrun.steps), PeakMemory(device))
+            return time.perf_counter() - start
+
+        emit(stage="compile" if tuning.compile else "warm-up")
+        parts.take("loaders_mib")
+        compile_s = round(warm_up() - warm_up(), 3)
+        start_s = round(time.time() - order.started, 3)
+        if order.compile_only:
+            emit(section="memory", value={"limit_mib": tuning.memory_limit_mib})
+            return emit(section="compile", value={"cold_s": compile_s, "cold_start_s": start_s})
+        if tuning.compile:
+            emit(section="compile", value={"warm_s": compile_s, "warm_start_s": start_s})
+        parts.take("libraries_mib")
+        emit(section="memory", value=parts.parts | {"warm_up_reserved_mib": child.warm_up_reserved_mib(device)})
+
+        graphs = child.new_graphs()
+        timing = child.Timing(device, emit)
+        memory = PeakMemory(device, Captured.own_bytes)
+        seeds: list[dict[str, Any]] = []
+        emit(stage="train", epochs=case.seeds, steps_per_epoch=speedrun.steps, each="seed")
+        for number, seed in enumerate(range(case.seed, case.seed + case.seeds), 1):
+            clock = timing.clock(speedrun.steps, speedrun.steps_at_once)
+            emit(timed=True)
+            metric, loss = speedrun.run(seed, clock, memory)
+            emit(timed=False)
+            timing.add(speedrun.steps * setting.workload.recipe.batch_size, speedrun.steps)
+            seeds.append({"seed": seed, "train_s": round(clock.total_s, 5), "metric": round(metric, 4)})
+            emit(section="accuracy", value=accuracy(setting, seeds))
+            emit(progress={"epoch": number, "step": speedrun.steps, "loss": loss, "metric": metric})
+    counted = {"nvml_process_mib": nvml_process_mib(device), "limit_mib": tuning.memory_limit_mib}
+    emit(section="memory", value=memory.summary() | counted)
+    if tuning.compile:
+        recompiles = child.new_graphs() - graphs
+        emit(section="compile", value={"recompiles": recompiles})
+        if recompiles:
+            emit(status="failed", reason=f"{recompiles} graphs were compiled or captured inside the timed region")
+
+
+def accuracy(setting: Setting, seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record's `accuracy` after `seeds`: the mean is the final metric, and the time to target that of all of them.
+
+    `surely`: the mean's lower confidence bound reaches the target too.
+    """
+    workload = setting.workload
+    metrics = [row["metric"] for row in seeds]
+    mean, target = fmean(metrics), workload.target
+    bound = None
+    if len(metrics) > 1:
+        bound, _ = bootstrap_interval(metrics, lambda resamples: resamples.mean(axis=-1), confidence=2 * BELOW - 1)
+    reached = None if target is None else mean >= target
+    return {
+        "metric": workload.metric.name,
+        "unit": workload.metric.unit,
+        "higher_is_better": workload.metric.higher_is_better,
+        "final": round(mean, 4),
+        "best": max(metrics),
+        "target": target,
+        "reached": reached,
+        "surely": None if target is None or bound is None else bound >= target,
+        "train_s_to_target": round(fmean(row["train_s"] for row in seeds), 5) if reached else None,
+        "standard_deviation": round(stdev(metrics), 4) if len(metrics) > 1 else None,
+        "lower_bound": None if bound is None else round(bound, 4),
+        "seeds": seeds,
+    }

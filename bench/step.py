@@ -13,7 +13,7 @@ from .basis import Coordinates
 from .capture import Captured
 from .muon import Muon
 from .tuning import Tuning
-from .workloads import Recipe, Workload
+from .workloads import OpenRecipe, Recipe, Workload
 
 # images and labels of n batches, one behind the other → the sum of their n losses, on the device
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -21,7 +21,7 @@ Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 REAL_LABEL = 0.9  # one-sided label smoothing of 0.1 (Salimans et al. 2016)
 RISE = 0.3  # of a one-cycle run, in which the learning rate rises from START of its peak
 START = 0.04
-RISE_OF_LINES = 0.23
+RISE_OF_LINES = 0.25
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -109,7 +109,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tuning) -> torch.optim.Optimizer:
     """The recipe's optimizer; RMSprop has no fused form and takes the default one (ρ 0.9, as its source has it)."""
-    if recipe.optimizer == "muon":
+    if isinstance(recipe, OpenRecipe) and recipe.optimizer == "muon":
         return make_muon(parameters, recipe, tuning)
     common: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "rmsprop":
@@ -126,7 +126,7 @@ def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tunin
     return sgd
 
 
-def make_muon(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tuning) -> Muon:
+def make_muon(parameters: list[nn.Parameter], recipe: OpenRecipe, tuning: Tuning) -> Muon:
     """Convolutions by Muon; the linear layer's weight and the biases by SGD, each at a rate of its own."""
     kinds = [[weight for weight in parameters if weight.ndim == dimensions] for dimensions in (4, 2, 1)]
     convolutions, head, biases = kinds
@@ -148,8 +148,8 @@ def make_muon(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tuning) ->
 
 def why_uncaptured(recipe: Recipe, tuning: Tuning) -> str | None:
     """Why this step cannot be one CUDA graph; None where it can."""
-    if tuning.precision == "fp16" and recipe.optimizer == "rmsprop":
-        return "without a fused form of RMSprop the gradient scaler asks the device at each step whether to skip it"
+    if tuning.precision == "fp16" and recipe.optimizer in ("rmsprop", "muon"):
+        return f"without a fused form of {recipe.optimizer} the gradient scaler asks the device whether to skip a step"
     return None
 
 
@@ -194,12 +194,11 @@ def _plain_step(
     player = Player(network, workload.recipe, tuning, device, steps)
 
     recipe = workload.recipe
+    smoothing, jitter = (recipe.label_smoothing, recipe.jitter) if isinstance(recipe, OpenRecipe) else (0.0, 0.0)
 
     def classification_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if recipe.jitter:
-            images = jittered(images, recipe.jitter)
-        logits = network(images).float()
-        return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction=recipe.reduction)
+        seen = jittered(images, jitter) if jitter else images
+        return F.cross_entropy(network(seen).float(), labels, label_smoothing=smoothing)
 
     def reconstruction_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.mse_loss(network(images).float(), images.float())

@@ -6,6 +6,7 @@ making one touches no GPU, file or environment. A new network needs one file in 
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -16,6 +17,8 @@ from ..models.conv_autoencoder import ConvAutoencoder
 from ..models.dcgan import Dcgan
 from ..models.mnist_cnn import MnistCnn
 from ..models.resnet50_transfer import ResNet50Transfer
+from ..models.small_cnn import SmallCnn
+from ..models.whitened_cnn import PAIRS, RESIDUAL, WhitenedCnn
 from .errors import UserError
 
 OptimizerName = Literal["sgd", "adam", "rmsprop", "muon"]
@@ -37,8 +40,8 @@ class Preprocess:
     mean: tuple[float, ...]  # per channel, of values scaled to [0, 1]
     std: tuple[float, ...]
     crop_padding: int = 0  # training, array sets: reflect-pad by so many pixels, then a random crop of the old size
-    flip: bool = False  # training: mirror left-right with probability ½
-    alternate: bool = False  # … but each image by turns, from epoch to epoch
+    # training: mirror left-right with probability ½; "by turns": that in the first epoch, and then every other one
+    flip: bool | Literal["by turns"] = False
     shear_deg: float = 0.0  # training, JPEG sets: uniform in ±shear_deg
     zoom: float = 0.0  # training, JPEG sets: factor uniform in [1 - zoom, 1 + zoom]
     image_size: int | None = None  # JPEG sets: side of the square that the network sees, in pixels
@@ -60,13 +63,6 @@ class Recipe:
     weight_decay: float = 0.0
     schedule: ScheduleName = "constant"
     basis: BasisName = "taps"  # what of 3×3 filters the optimizer takes for coordinates
-    head_rate: float = 0.0  # muon: the peak for the last layer …
-    bias_rate: float = 0.0  # … and for biases, both trained by SGD with Nesterov's momentum …
-    plain_momentum: float = 0.0  # … which is this
-    label_smoothing: float = 0.0
-    reduction: Literal["mean", "sum"] = "mean"  # of a batch's losses
-    jitter: float = 0.0  # training: brightness and contrast of an image, in standard deviations
-    sides: tuple[tuple[int, float], ...] = ()  # (pixels of an image's side, so many epochs), in order; (): as stored
     train_images: int | None = None  # images of the training split that are used, spread evenly; None: all
     eval_images: int | None = None
 
@@ -76,6 +72,19 @@ class Recipe:
         check_choice("optimizer", self.optimizer, OptimizerName)
         check_choice("schedule", self.schedule, ScheduleName)
         check_choice("basis", self.basis, BasisName)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRecipe(Recipe):
+    """How a workload of the open division is trained: what it has beyond others."""
+
+    head_rate: float = 0.0  # muon: the peak for the last layer …
+    bias_rate: float = 0.0  # … and for biases, both trained by SGD …
+    plain_momentum: float = 0.0  # … with this momentum (Nesterov's)
+    label_smoothing: float = 0.0
+    jitter: float = 0.0  # training: brightness and contrast of an image, uniform in so many standard deviations
+    sides: tuple[tuple[int, float], ...] = ()  # (pixels of an image's side, so many epochs), in order; (): as stored
+    unsure: float = 0.0  # the share of test images, the least certain, that are judged by five further views of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +119,6 @@ class Workload:
     also_at_least: Mapping[str, float] | None = None  # further metrics that the final epoch must reach
     target_share: float | None = None  # SWD: the share of (untrained - real) that may be left
     source_augments: bool = False  # whether the published recipe augments its images too
-    unsure: float = 0.0  # the share of test images, the least certain, that are judged by five further views of each
     weights: Literal["imagenet", "random"] | None = None  # what a transfer network starts from
     division: str = "closed"
 
@@ -261,6 +269,97 @@ def resnet50_transfer() -> Workload:
     )
 
 
+def mnist_99() -> Workload:
+    """MNIST to 99.0 %, open."""
+    recipe = OpenRecipe(
+        batch_size=256, epochs=2, optimizer="adam", learning_rate=0.01, momentum=0.7, schedule="one-cycle"
+    )
+    return Workload(
+        name="mnist-99",
+        dataset="mnist",
+        objective="classify",
+        network=SmallCnn,
+        preprocess=Preprocess(mean=(0.1307,), std=(0.3081,)),
+        metric=ACCURACY,
+        target=99.0,
+        recipe=recipe,
+        source=recipe,
+        quick=replace(recipe, batch_size=128, epochs=1, train_images=6_400, eval_images=2_000),
+        eval_batch_size=10_000,
+        division="open",
+    )
+
+
+def cifar10_94() -> Workload:
+    """CIFAR-10 to 94 %, open."""
+    recipe = OpenRecipe(
+        batch_size=1536,
+        epochs=9,
+        sides=((24, 3), (28, 3), (32, 3)),
+        optimizer="muon",
+        learning_rate=0.24,
+        momentum=0.65,
+        head_rate=1.1,
+        bias_rate=88.0,
+        plain_momentum=0.825,
+        weight_decay=1.6e-3,
+        schedule="down",
+        label_smoothing=0.1,
+        jitter=0.14,
+        unsure=0.25,
+    )
+    return Workload(
+        name="cifar10-94",
+        dataset="cifar10",
+        objective="classify",
+        network=partial(WhitenedCnn, groups=PAIRS),
+        preprocess=replace(CIFAR10_PREPROCESS, crop_padding=2, flip="by turns"),
+        metric=ACCURACY,
+        target=94.0,
+        recipe=recipe,
+        source=recipe,
+        quick=replace(
+            recipe, batch_size=128, epochs=1, sides=((24, 0.5), (32, 0.5)), train_images=640, eval_images=500
+        ),
+        eval_batch_size=10_000,
+        division="open",
+    )
+
+
+def cifar100_70() -> Workload:
+    """CIFAR-100, fine labels, to 70 %, open; without further views of test images."""
+    recipe = OpenRecipe(
+        batch_size=1024,
+        epochs=7,
+        sides=((20, 1), (24, 2.5), (32, 3.5)),
+        optimizer="muon",
+        learning_rate=0.18,
+        momentum=0.6,
+        head_rate=1.38,
+        bias_rate=1.38,
+        plain_momentum=0.9,
+        weight_decay=5e-4,
+        schedule="up-down",
+        label_smoothing=0.25,
+    )
+    return Workload(
+        name="cifar100-70",
+        dataset="cifar100",
+        objective="classify",
+        network=partial(WhitenedCnn, groups=RESIDUAL),
+        preprocess=Preprocess(
+            mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), crop_padding=2, flip="by turns"
+        ),
+        metric=ACCURACY,
+        target=70.0,
+        recipe=recipe,
+        source=recipe,
+        quick=replace(recipe, batch_size=64, epochs=1, sides=((20, 0.5), (32, 0.5)), train_images=320, eval_images=500),
+        eval_batch_size=10_000,
+        division="open",
+    )
+
+
 WORKLOADS: tuple[Callable[[], Workload], ...] = (
     mnist_cnn,
     cifar10_cnn,
@@ -269,6 +368,7 @@ WORKLOADS: tuple[Callable[[], Workload], ...] = (
     dcgan,
     resnet50_transfer,
 )
+OPEN: tuple[Callable[[], Workload], ...] = (mnist_99, cifar10_94, cifar100_70)  # of the open division
 
 
 def quick(workload: Workload) -> Workload:
@@ -298,7 +398,13 @@ def ladder(workload: Workload) -> Workload:
     return replace(_without_target(workload), recipe=replace(workload.recipe, epochs=2))
 
 
-SUITES: dict[str, Callable[[Workload], Workload]] = {"quick": quick, "full": full, "source": source, "ladder": ladder}
+SUITES: dict[str, Callable[[Workload], Workload]] = {
+    "quick": quick,
+    "full": full,
+    "source": source,
+    "ladder": ladder,
+    "open": full,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,27 +416,34 @@ class Case:
     tuning: str
     mode: Literal["e2e", "compute", "loader"] = "e2e"
     seed: int = 0
+    seeds: int = 1  # in the open division: so many from `seed` on, one after the other
 
     def __str__(self) -> str:
-        return f"{self.workload} {self.tuning} {self.mode} seed {self.seed}"
+        seeds = f"seed {self.seed}" if self.seeds == 1 else f"seeds {self.seed} to {self.seed + self.seeds - 1}"
+        return f"{self.workload} {self.tuning} {self.mode} {seeds}"
 
 
-def names() -> list[str]:
-    return [function().name for function in WORKLOADS]
+def names(suite: str = "full") -> list[str]:
+    """The workloads that a suite runs unless told which."""
+    return [function().name for function in (OPEN if suite == "open" else WORKLOADS)]
 
 
 def find(name: str) -> Workload:
     """The workload called `name`; a `UserError` that lists the known ones otherwise."""
-    for function in WORKLOADS:
+    for function in WORKLOADS + OPEN:
         workload = function()
         if workload.name == name:
             return workload
-    raise UserError(f"unknown workload {name!r}; known are {', '.join(names())}")
+    raise UserError(f"unknown workload {name!r}; known are {', '.join([*names(), *names('open')])}")
 
 
 def resolve(case: Case) -> Workload:
-    """The workload in the form in which `case` runs it."""
-    return SUITES[case.suite](find(case.workload))
+    """The workload in the form in which `case` runs it. UserError for a suite of another division."""
+    workload = find(case.workload)
+    if case.suite != "quick" and (case.suite == "open") != (workload.division == "open"):
+        fitting = "open" if workload.division == "open" else "full"
+        raise UserError(f"{workload.name} is of the {workload.division} division: run it by --suite {fitting} or quick")
+    return SUITES[case.suite](workload)
 
 
 def describe(case: Case, workload: Workload) -> dict[str, Any]:
@@ -338,4 +451,7 @@ def describe(case: Case, workload: Workload) -> dict[str, Any]:
     recipe = asdict(workload.recipe) | {"preprocess": asdict(workload.preprocess)}
     if workload.weights is not None:
         recipe["weights"] = workload.weights
-    return asdict(case) | {"division": workload.division, "gpus": 1, "recipe": recipe}
+    described = asdict(case) | {"division": workload.division, "gpus": 1, "recipe": recipe}
+    if workload.division == "closed":
+        del described["seeds"]  # always one
+    return described

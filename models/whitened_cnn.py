@@ -11,6 +11,13 @@ from torch import nn
 PATCH = 2  # side of a whitened patch
 WHITENING_EPSILON = 5e-4
 RUNNING = 0.44  # the share of a batch in the running statistics of batch norm: runs are of a few hundred steps
+LOGIT = 0.125  # the scale of the logits
+
+# Of each group the channels, the kernels of its convolutions and, where it has three, the channels between the last
+# two.
+Groups = tuple[tuple[int, tuple[int, ...], int], ...]
+PAIRS: Groups = ((64, (3, 3), 0), (256, (3, 3), 0), (256, (3, 3), 0))
+RESIDUAL: Groups = ((64, (3, 1, 1), 64), (256, (3, 3, 1), 192), (768, (3, 3, 3), 512))
 
 
 class WhitenedCnn(nn.Module):
@@ -20,17 +27,15 @@ class WhitenedCnn(nn.Module):
     negated: `whiten` sets it, and it is not trained. Nothing else depends on the size of the images.
     """
 
-    def __init__(self, classes: int, groups: tuple[tuple[int, tuple[int, ...], int], ...]) -> None:
-        """groups: of each group the channels, the kernels of its convolutions and, where it has three, the channels
-        between the second and the third."""
+    axes: torch.Tensor
+
+    def __init__(self, classes: int, groups: Groups) -> None:
         super().__init__()
         axes = 3 * PATCH**2
         self.register_buffer("axes", torch.zeros(2 * axes, 3, PATCH, PATCH))
         channels = [2 * axes, *(width for width, _, _ in groups)]
         self.groups = nn.Sequential(*(Group(before, *group) for before, group in zip(channels, groups, strict=False)))
         self.head = nn.Linear(channels[-1], classes, bias=False)
-        with torch.no_grad():
-            self.head.weight.div_(self.head.weight.std())
 
     @torch.no_grad()
     def whiten(self, images: torch.Tensor) -> None:
@@ -41,8 +46,8 @@ class WhitenedCnn(nn.Module):
         self.axes.copy_(torch.cat([axes, -axes]))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.groups(F.silu(F.conv2d(images, self.axes)))
-        return self.head(features.flatten(2).max(2)[0]) / self.head.in_features
+        features = self.groups(F.silu(F.conv2d(images, self.axes))).flatten(2)
+        return LOGIT * self.head(features.max(2)[0] + features.mean(2))
 
 
 class Group(nn.Module):

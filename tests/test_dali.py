@@ -127,6 +127,26 @@ def test_crops_and_flips_are_those_of_the_padded_image_and_vary(noise: np.ndarra
     assert sum(found[0][label] == found[1].get(label) for label in found[0]) < 10  # drawn anew at each epoch
 
 
+def test_flips_by_turns(noise: np.ndarray) -> None:
+    """Half of the images in the first epoch, the others in the next, and so on; no test image ever."""
+    by_turns = Preprocess(mean=PLAIN.mean, std=PLAIN.std, flip="by turns")
+
+    def mirrored(loader: Loader) -> dict[int, bool]:
+        found = {}
+        for batch in loader.epoch():
+            shown = batch.images.permute(0, 2, 3, 1).mul(255).round().byte().numpy()
+            for image, label in zip(shown, batch.labels.tolist(), strict=True):
+                found[label] = np.array_equal(image, noise[label][:, ::-1])
+                assert found[label] or np.array_equal(image, noise[label])
+        return found
+
+    loader = arrays(noise, by_turns, batch_size=5)
+    epochs = [mirrored(loader) for _ in range(3)]
+    assert epochs[0] == epochs[2] == {label: not flipped for label, flipped in epochs[1].items()}
+    assert 10 < sum(epochs[0].values()) < 40
+    assert not any(mirrored(arrays(noise, by_turns, batch_size=5, train=False)).values())
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_an_overtaken_epoch_cannot_go_on(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch, resident: bool) -> None:
     """And leaves the later ones what is theirs."""

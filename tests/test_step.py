@@ -12,7 +12,7 @@ from torch import nn
 
 from netdyno.bench.step import Player, execute, make_optimizer, make_step, one_cycle, why_uncaptured
 from netdyno.bench.tuning import Tuning, t4
-from netdyno.bench.workloads import Recipe, Workload, conv_autoencoder, dcgan
+from netdyno.bench.workloads import OpenRecipe, Recipe, ScheduleName, Workload, conv_autoencoder, dcgan
 from netdyno.models.conv_autoencoder import ConvAutoencoder
 from netdyno.models.dcgan import Dcgan
 
@@ -246,6 +246,27 @@ def learning_rates(player: Player, weight: nn.Parameter, updates: int, at_once: 
         player.update(weight.square().sum())
         rates.append(float(player.optimizer.param_groups[0]["lr"]))
     return rates
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"), [("down", [1.0, 0.75, 0.5, 0.25, 0.0]), ("up-down", [0.2, 1.0, 0.667, 0.333, 0.0])]
+)
+def test_lines(schedule: ScheduleName, shares: list[float]) -> None:
+    player, weight = player_of(replace(SGD, schedule=schedule), steps=4)
+    assert learning_rates(player, weight, 5) == pytest.approx([0.1 * share for share in shares], abs=1e-4)
+
+
+def test_muon_has_rates_of_its_own_for_convolutions_the_last_layer_and_biases() -> None:
+    recipe = OpenRecipe(
+        batch_size=4, epochs=1, optimizer="muon", learning_rate=0.2, head_rate=1.0, bias_rate=8.0, schedule="down"
+    )
+    network = TinyCnn()
+    player = Player(network, recipe, replace(EAGER, capture=True), CPU, steps=4)
+    for share in (1.0, 0.75):
+        player.begin(1)
+        player.update(sum(parameter.square().sum() for parameter in network.parameters()))
+        rates = [float(group["lr"]) for group in player.optimizer.param_groups]
+        assert rates == pytest.approx([0.2 * share, 1.0 * share, 8.0 * share])
 
 
 @pytest.mark.parametrize("tuning", [EAGER, replace(EAGER, capture=True)])

@@ -364,15 +364,15 @@ def _orders(
 
     `count` of all `images` an epoch, then padding to whole super-batches.
     """
+    first = np.random.default_rng(seed).integers(0, 1, images, np.uint8, endpoint=True)  # of flips by turns
     for epoch in itertools.count():
         draw = np.random.default_rng((seed, epoch))
         rows = draw.permutation(images) if shuffle else np.arange(images)
         pad = preprocess.crop_padding
         shift = draw.integers(-pad, pad, (count, 2), np.int32, endpoint=True)
-        flip = draw.integers(0, int(preprocess.flip), count, np.uint8, endpoint=True)
-        if preprocess.flip and preprocess.alternate:
-            first = np.random.default_rng(seed).integers(0, 1, images, np.uint8, endpoint=True)
-            flip = (first[rows[:count]] + epoch) % 2
+        flip = draw.integers(0, int(bool(preprocess.flip)), count, np.uint8, endpoint=True)
+        if preprocess.flip == "by turns":
+            flip = first[rows[:count]] ^ (epoch % 2)
         for part in _parts(count, size):
             yield rows[part][None], shift[part][None], flip[part][None]
 

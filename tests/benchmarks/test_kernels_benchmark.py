@@ -1,13 +1,14 @@
-"""Speed of pooled activation and patches, forward and backward, beside what they replace."""
+"""Speed of pooled activation, patches and first layers, forward and backward, beside what they replace."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from netdyno.kernels import patches
+from netdyno.kernels import first_layer, patches
 from netdyno.kernels.pooled_activation import pooled_activation, pooled_activation_reference
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
@@ -35,15 +36,18 @@ def test_pooled_activation(rate: Callable[..., None], function: Callable[..., Te
 
 @pytest.mark.benchmark(group="first layer, 3 → 32 channels at 32×32, forward and weights")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("by_patches", [True, False], ids=["kernel", "reference"])
-def test_patches(rate: Callable[..., None], by_patches: bool, device: str) -> None:
+@pytest.mark.parametrize("how", ["kernel", "patches", "reference"])
+def test_first_layer(rate: Callable[..., None], how: str, device: str) -> None:
     torch._dynamo.reset()
     batch = 512 if device == "cuda" else 8
     images = torch.randn(batch, 3, 32, 32, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     images = images.contiguous(memory_format=torch.channels_last)
 
     def conv(weight: Tensor, bias: Tensor) -> Tensor:
-        return patches.conv(images, weight, bias, 1, 1) if by_patches else F.conv2d(images, weight, bias, padding=1)
+        if how == "kernel":
+            return first_layer.conv(images, weight, bias, 1, 1, "relu")
+        convolve = partial(patches.conv, stride=1) if how == "patches" else F.conv2d
+        return F.relu(convolve(images, weight, bias, padding=1))
 
     run = through(conv, device, [torch.randn(32, 3, 3, 3), torch.randn(32)])
     rate(run, batch, on_gpu=device == "cuda")

@@ -1,0 +1,155 @@
+"""First layers: the kernels against PyTorch in float64, their gradients, compilation without a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from netdyno.kernels import first_layer
+from netdyno.kernels.first_layer import (
+    conv,
+    conv_kernel,
+    conv_reference,
+    conv_triton,
+    gradient_kernel,
+    gradient_triton,
+    summed,
+)
+
+# B, C, O, H, W, side, stride, padding: those of networks, and what is odd
+CASES = [
+    (2, 3, 32, 12, 9, 3, 1, 1),
+    (3, 1, 16, 8, 8, 3, 1, 0),
+    (1, 1, 32, 11, 10, 5, 2, 2),
+    (2, 3, 16, 7, 7, 4, 2, 1),
+    (1, 4, 64, 3, 3, 3, 1, 2),
+]
+LARGE = [(64, 3, 32, 32, 32, 3, 1, 1), (32, 3, 128, 32, 32, 3, 1, 1), (64, 1, 32, 28, 28, 3, 1, 0)]
+# Of the largest value. tf32: what tensor cores make of fp32, where they have it.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TF32 = 2e-3
+
+
+def inputs_of(case: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, channels last, of `dtype`; weight and bias in float32, as networks keep them."""
+    b, c, o, h, w, side, *_ = case
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(b, c, h, w, generator=draw).to(device, dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(o, c, side, side, generator=draw).to(device) / (side**2 * c) ** 0.5
+    return images, weight, torch.randn(o, generator=draw).to(device)
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape
+    error = (got.double() - expected.double()).abs().max().item()
+    assert error <= tolerance * max(1.0, expected.double().abs().max().item()), error
+
+
+def compare_with_float64(case: tuple[int, ...], dtype: torch.dtype, activation: str, device: str) -> None:
+    images, weight, bias = inputs_of(case, dtype, device)
+    *_, stride, padding = case
+    tolerance = TF32 if dtype is torch.float32 and device == "cuda" else TOLERANCE[dtype]
+    # What tensor cores multiply is of the images' type: the reference starts from the same numbers.
+    exact = [images.double(), weight.to(dtype).double().requires_grad_(), bias.double().requires_grad_()]
+    expected = conv_reference(*exact, stride, padding, activation)
+    out = conv_triton(images, weight, bias, stride, padding, activation)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    close(out, expected, tolerance)
+
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    expected.backward(gradient.double())
+    partial = gradient_triton(images, gradient, out, case[5], stride, padding, activation)
+    for got, leaf in zip(summed(partial, weight.shape), exact[1:], strict=True):
+        close(got, leaf.grad, 10 * tolerance)  # slopes are rounded, and of ELU they come from a rounded value
+
+
+def test_kernels_equal_float64_in_the_interpreter() -> None:
+    """In a process of its own: Triton decides for the interpreter when a kernel is defined."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", __file__], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "equal\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["relu", "elu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+def test_kernels_equal_float64_on_the_gpu(case: tuple[int, ...], dtype: torch.dtype, activation: str) -> None:
+    compare_with_float64(case, dtype, activation, "cuda")
+
+
+@pytest.mark.gpu
+def test_what_is_no_number_is_not_hidden() -> None:
+    images, weight, bias = inputs_of(CASES[0], torch.bfloat16, "cuda")
+    weight[0, 0, 1, 1] = torch.nan
+    for activation in ("relu", "elu"):
+        out = conv(images, weight, bias, 1, 1, activation)
+        assert out[:, 0].isnan().all()
+        assert out[:, 1:].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_gradients_through_torch_compile() -> None:
+    images, weight, bias = inputs_of(LARGE[0], torch.bfloat16, "cuda")
+    found = []
+    for function in (conv_reference, torch.compile(conv, fullgraph=True)):
+        parameters = [tensor.clone().requires_grad_() for tensor in (weight, bias)]
+        out = function(images, *parameters, 1, 1, "relu")
+        out.float().square().mean().backward()
+        found.append([out.detach(), *(parameter.grad for parameter in parameters)])
+    for got, expected in zip(*reversed(found), strict=True):
+        close(got, expected, 2e-2)
+
+
+def test_on_a_cpu_it_is_the_reference() -> None:
+    images, weight, bias = inputs_of(CASES[0], torch.float32, "cpu")
+    torch.testing.assert_close(
+        conv(images, weight, bias, 1, 1, "elu"), F.elu(F.conv2d(images, weight, bias, padding=1))
+    )
+
+
+def test_what_the_kernels_do_not_take() -> None:
+    images = torch.ones(1, 3, 8, 8)
+    for weight in (torch.ones(32, 3, 5, 5), torch.ones(24, 3, 3, 3), torch.ones(256, 3, 3, 3), torch.ones(32, 2, 3, 3)):
+        with pytest.raises(ValueError, match="on images of 3 channels"):
+            conv(images, weight, torch.ones(len(weight)), 1, 1, "relu")
+    with pytest.raises(ValueError, match="gradient of the images"):
+        conv(images.requires_grad_(), torch.ones(32, 3, 3, 3), torch.ones(32), 1, 1, "relu")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("outputs", [32, 128])
+@pytest.mark.parametrize("kernel", [conv_kernel, gradient_kernel], ids=["conv", "gradient"])
+def test_kernels_compile_without_a_gpu(dtype: str, outputs: int, kernel) -> None:
+    values = dict.fromkeys(("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH", "OUTPUTS"), 32) | {"OUTPUTS": outputs}
+    values |= {"CHANNELS": 3, "SIDE": 3, "STRIDE": 1, "PADDING": 1, "LENGTH": 32, "RELU": False}
+    values |= {"BLOCK": first_layer.PIXELS} | ({"TURNS": 8} if kernel is gradient_kernel else {})
+    pointers = {"images": dtype, "gradient": dtype, "out": dtype}
+    pointers |= {"weight": "fp32", "bias": "fp32", "partial": "fp32"}
+    signature = {
+        name: "constexpr" if name in values else f"*{pointers[name]}" if name in pointers else "i32"
+        for name in kernel.arg_names
+    }
+    compiled = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
+    assert "mma" in compiled.asm["ptx"]  # tensor cores
+    assert compiled.metadata.shared <= 48 * 1024  # several programs on a multiprocessor at a time
+
+
+if __name__ == "__main__":
+    first_layer.PROGRAMS = 2  # several blocks for a program
+    for n, one in enumerate(CASES):
+        for kind in (torch.float32, torch.float16):
+            compare_with_float64(one, kind, ("relu", "elu")[n % 2], "cpu")
+    print("equal")
