@@ -103,7 +103,7 @@ def list_workloads() -> None:
 @app.command()
 def run(
     workloads: Annotated[
-        list[str] | None, typer.Argument(metavar="WORKLOAD", help="[default: all of the suite]")
+        list[str] | None, typer.Argument(metavar="WORKLOAD", help="[default: all six; open: its three]")
     ] = None,
     suite: Annotated[
         Suite,

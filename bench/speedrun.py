@@ -21,7 +21,7 @@ from ..models.whitened_cnn import WhitenedCnn
 from . import child
 from .capture import Captured
 from .child import Emit, Setting
-from .data.loader import Batch, Loader
+from .data.loader import Batch, Loader, count_epoch
 from .errors import UserError
 from .measure import BlockClock, PeakMemory, nvml_process_mib
 from .order import Order
@@ -49,12 +49,11 @@ class Speedrun:
         self._network = setting.network.to(device)
         if tuning.channels_last:
             self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-        with closing(self._loader(0)) as loader:
-            self.steps_at_once = loader.batches_at_once
-            calls_per_epoch = loader.batches_per_epoch / loader.batches_at_once
+        batches, _ = count_epoch(len(setting.train_set), recipe.batch_size, train=True)
+        self.steps_at_once = 1 if setting.place is None else setting.place.batches
         self._side = setting.train_set.images.shape[1]
         sides = recipe.sides or ((self._side, float(recipe.epochs)),)
-        self._plan = [side for side, epochs in sides for _ in range(round(epochs * calls_per_epoch))]
+        self._plan = [side for side, epochs in sides for _ in range(round(epochs * batches / self.steps_at_once))]
         self.steps = len(self._plan) * self.steps_at_once
         self._small: dict[int, Tensor] = {}  # where images of other sides come: a captured step reads one place
         self._step, self._players = make_step(workload, self._network, tuning, device, self.steps)
@@ -167,8 +166,8 @@ def views(images: Tensor) -> Tensor:
 def run_seeds(order: Order, setting: Setting, emit: Emit) -> None:
     """Runs the seeds of a case of the open division and emits the sections of its record."""
     case, device, tuning, parts = order.case, setting.device, setting.tuning, setting.parts
-    if case.mode != "e2e":
-        raise UserError("the open division is timed end to end: leave --mode out")
+    if case.mode != "e2e" or order.trace is not None:
+        raise UserError("the open division is timed end to end, untraced: leave --mode and --trace out")
     with closing(Speedrun(setting)) as speedrun:
 
         def warm_up() -> float:

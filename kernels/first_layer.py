@@ -11,15 +11,11 @@ pixel, tap by tap, then a one, whose gradient is the bias's, then zeros up to a 
 Bytes moved for each of B·HO·WO pixels, in a 16-bit type: 2·O forward, 4·O backward, and 2·C·stride² for the images.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-
-Activation = Literal["relu", "elu"]
 
 PIXELS = 64  # of a program's block
 PROGRAMS = 528  # of the weights' gradient, about: what an H100 holds at once, four on each multiprocessor
@@ -27,9 +23,7 @@ WIDEST = 128  # outputs
 LONGEST = 64  # values of a patch
 
 
-def conv_reference(
-    images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: Activation
-) -> Tensor:
+def conv_reference(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
     """Convolution, bias and activation in plain PyTorch.
 
     images: [B, C, H, W]. weight: [O, C, K, K]. bias: [O]. Returns [B, O, HO, WO] of the images' type.
@@ -210,9 +204,7 @@ def gradient_kernel(
     tl.store(at, total)
 
 
-def conv_triton(
-    images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: Activation
-) -> Tensor:
+def conv_triton(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
     """`conv_reference` by the kernel, summed up in fp32; channels last."""
     out = _empty_out(images, weight, stride, padding)
     pixels = len(images) * out.shape[2] * out.shape[3]
@@ -231,7 +223,7 @@ def conv_triton(
 
 
 def gradient_triton(
-    images: Tensor, gradient: Tensor, out: Tensor, side: int, stride: int, padding: int, activation: Activation
+    images: Tensor, gradient: Tensor, out: Tensor, side: int, stride: int, padding: int, activation: str
 ) -> Tensor:
     """The gradient of weights and bias in fp32, by part of the pixels: [parts, LENGTH, O].
 
@@ -268,7 +260,7 @@ def _empty_out(images: Tensor, weight: Tensor, stride: int, padding: int) -> Ten
 
 
 def _constants(
-    images: Tensor, out: Tensor, side: int, stride: int, padding: int, activation: Activation
+    images: Tensor, out: Tensor, side: int, stride: int, padding: int, activation: str
 ) -> dict[str, int | bool]:
     channels, height, width = images.shape[1:]
     return {
@@ -327,11 +319,14 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _conv.register_autograd(_backward, setup_context=_keep)
 
 
-def conv(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: Activation) -> Tensor:
+def conv(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
     """`conv_reference` (see there), by the Triton kernels on CUDA; differentiable by weight and bias, also compiled.
 
-    ValueError for weights that the kernels do not take (`takes`) and for images that need a gradient.
+    activation: "relu" or "elu". ValueError for another, for weights that the kernels do not take (`takes`) and for
+    images that need a gradient.
     """
+    if activation not in ("relu", "elu"):
+        raise ValueError(f"activation is {activation!r}, neither relu nor elu")
     if not takes(weight) or images.shape[1] != weight.shape[1]:
         raise ValueError(f"weights {tuple(weight.shape)} on images of {images.shape[1]} channels")
     if images.requires_grad:

@@ -55,7 +55,7 @@ def netdyno(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("NETDYNO_DATA", raising=False)
-    monkeypatch.setattr(synthetic, "SIZES", {"mnist": (40, 10), "cifar10": (40, 10)})
+    monkeypatch.setattr(synthetic, "SIZES", dict.fromkeys(("mnist", "cifar10", "cifar100"), (40, 10)))
     here = {"slug": "some-machine", "gpu": None, "cpu": "some", "cores": 2, "memory_gib": 4, "versions": {}}
     monkeypatch.setattr(machine, "describe", lambda: here)
 
@@ -151,7 +151,8 @@ def test_help_of_run_tells_every_choice_and_default(netdyno: Any) -> None:
     for mode in cli.Mode:
         assert f"{mode.value}: " in text
     for default in (
-        "all six",
+        "all six; open: its three",
+        "30; quick: 2",
         "quick",
         "tuned; full: tuned and eager; source: fp32; ladder: all seven",
         "e2e",
@@ -185,7 +186,7 @@ def test_without_a_command_there_is_help(netdyno: Any, arguments: list[str]) -> 
         ("run --nonsense", "No such option: --nonsense"),
         (
             "run --suite huge",
-            "'huge' is not one of 'quick', 'full', 'source', 'ladder' (netdyno run --help lists what there is)",
+            "'huge' is not one of 'quick', 'full', 'source', 'ladder', 'open' (netdyno run --help lists what there is)",
         ),
         (
             "run --tuning fast",
@@ -218,9 +219,33 @@ def test_wrong_use_is_told_in_one_line(netdyno: Any, runs: Runs, arguments: str,
 
 def test_an_unknown_workload_lists_the_known_ones(netdyno: Any, runs: Runs) -> None:
     told = complaint(netdyno("run", "mnist-cnn", "resnet", "--tuning", "eager"))
-    assert told == f"netdyno: unknown workload 'resnet'; known are {', '.join(names())}"
+    assert told == f"netdyno: unknown workload 'resnet'; known are {', '.join(names() + names('open'))}"
     assert runs.cases == []
     assert not Path("results").exists()
+
+
+def test_the_open_division_runs_its_own_workloads_with_thirty_seeds_each(netdyno: Any, runs: Runs) -> None:
+    assert not netdyno("run", "--suite", "open", "--seed", "5").code
+    assert [case.workload for case in runs.cases] == names("open")
+    assert {(case.tuning, case.seed, case.seeds) for case in runs.cases} == {("tuned", 5, 30)}
+    assert "cifar10-94 tuned e2e seeds 5 to 34" in netdyno("run", "cifar10-94", "--suite", "open", "--seed", "5").out
+    assert not netdyno("run", "mnist-99", "--seeds", "3").code
+    assert (runs.cases[-1].suite, runs.cases[-1].seeds) == ("quick", 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("run mnist-cnn --suite open", "mnist-cnn is of the closed division: run it by --suite full or quick"),
+        ("run mnist-99 --suite full", "mnist-99 is of the open division: run it by --suite open or quick"),
+        ("run mnist-cnn --seeds 3", "--seeds is for the open division"),
+    ],
+)
+def test_divisions_are_not_mixed(netdyno: Any, runs: Runs, arguments: str, says: str) -> None:
+    ended = netdyno(*arguments.split())
+    assert ended.code == 2
+    assert says in ended.err
+    assert runs.cases == []
 
 
 def test_a_bug_keeps_its_traceback(netdyno: Any, runs: Runs) -> None:
@@ -248,7 +273,7 @@ def test_list(netdyno: Any) -> None:
     ended = netdyno("list")
     assert (ended.code or 0, ended.err) == (0, "")
     lines = {line.split()[0]: line for line in ended.out.splitlines()}
-    assert [*lines] == ["workload", *names()]
+    assert [*lines] == ["workload", *names(), *names("open")]
     assert "≥ 99 %" in lines["mnist-cnn"]
     assert "SSIM ≥ 0.96" in lines["conv-autoencoder"]
     assert "≤ 25 % of untrained" in lines["dcgan"]

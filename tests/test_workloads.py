@@ -12,9 +12,11 @@ import pytest
 from netdyno.bench.errors import UserError
 from netdyno.bench.record import load_all
 from netdyno.bench.workloads import (
+    OPEN,
     SUITES,
     WORKLOADS,
     Case,
+    OpenRecipe,
     Preprocess,
     Recipe,
     Workload,
@@ -202,7 +204,7 @@ def test_an_impossible_normalisation_is_an_error(change: dict[str, tuple[float, 
         replace(COLOURLESS, **change)
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [suite for suite in SUITES if suite != "open"])
 @each
 def test_a_record_describes_the_case_and_all_settings(make: Callable[[], Workload], suite: str) -> None:
     case = Case(workload=make().name, suite=suite, tuning="eager", mode="compute", seed=3)
@@ -216,3 +218,25 @@ def test_a_record_describes_the_case_and_all_settings(make: Callable[[], Workloa
     assert found["recipe"]["preprocess"]["mean"] == list(workload.preprocess.mean)
     assert found["recipe"].get("weights") == workload.weights
     assert str(case) == f"{workload.name} eager compute seed 3"
+
+
+@pytest.mark.parametrize("make", OPEN, ids=names("open"))
+def test_the_open_division(make: Callable[[], Workload]) -> None:
+    case = Case(workload=make().name, suite="open", tuning="tuned", seed=3, seeds=2)
+    workload = resolve(case)
+    found = json.loads(json.dumps(describe(case, workload)))
+    assert (found["division"], found["seeds"], found["seed"]) == ("open", 2, 3)
+    for field in fields(OpenRecipe):
+        assert found["recipe"][field.name] == json.loads(json.dumps(getattr(workload.recipe, field.name))), field.name
+    assert workload.target is not None
+    assert resolve(replace(case, suite="quick")).target is None
+    assert str(case) == f"{workload.name} tuned e2e seeds 3 to 4"
+    for form in (workload.recipe, workload.quick):
+        assert isinstance(form, OpenRecipe)
+        assert sum(epochs for _, epochs in form.sides) in (0, form.epochs)
+
+
+def test_suites_of_another_division_are_refused() -> None:
+    for name, suite in (("mnist-cnn", "open"), ("mnist-99", "full"), ("mnist-99", "source"), ("mnist-99", "ladder")):
+        with pytest.raises(UserError, match="division: run it by --suite"):
+            resolve(Case(workload=name, suite=suite, tuning="tuned"))
