@@ -38,11 +38,15 @@ def test_the_page_holds_the_parts_of_all_runs(tmp_path: Path, monkeypatch: pytes
     page = tmp_path / "trust.md"
     page.write_text("<!-- trust:begin -->\n<!-- trust:end -->\n")
     monkeypatch.setattr(trust, "PAGE", page)
+    record = tmp_path / "calm" / "a-case" / "a-machine" / "mnist-cnn" / "tuned-compute-1.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps(make(1)))
     (tmp_path / "spin.json").write_text(json.dumps([["spun", "2", "2.1", True]]))
     assert trust.write_page(tmp_path) == 0
     (tmp_path / "pairs-dcgan.json").write_text(json.dumps([["paired", "1", "1.1", False]]))
     assert trust.write_page(tmp_path) == 1
     assert page.read_text().index("spun") < page.read_text().index("paired")
+    assert f"On {make(1)['machine']['gpu']}, torch" in page.read_text()
 
 
 @pytest.mark.parametrize(("slower", "holds"), [(1.02, True), (1.0225, True), (1.016, False), (1.03, False)])
