@@ -28,7 +28,7 @@ from .regress import Comparison, compare, repeats_needed
 
 LOOKS = 4
 MODES = ("e2e", "compute", "loader")
-SUITES = ("quick", "full", "source", "ladder")
+SUITES = ("quick", "full", "source", "ladder", "open")
 MEASURED = ("bench", "kernels", "models")  # folders whose changes can change a measurement
 BISECT_SKIP, BISECT_ABORT = 125, 128  # what `git bisect run` takes its command's exit code for
 

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PIXELS = 64  # of a program's block
-PROGRAMS = 528  # of the weights' gradient, about: what an H100 holds at once, four on each multiprocessor
+PIXELS = 128  # of a program's block: one for each thread
+PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor
 WIDEST = 128  # outputs
 LONGEST = 64  # values of a patch
 
