@@ -119,6 +119,7 @@ def run(order: Order, emit: Emit) -> None:
             steady = warm_up(partial(next, endless(loader)))
         with closing(train_loader()) as loader:
             memory = time_batches(workload, lambda images, labels: images, loader, device, emit)
+            memory["nvml_process_mib"] = nvml_process_mib(device)
         emit(section="timing", value={"steady": steady})
         return emit(section="memory", value=memory | {"limit_mib": tuning.memory_limit_mib})
 
@@ -159,12 +160,13 @@ def run(order: Order, emit: Emit) -> None:
 
     if case.mode == "compute":
         memory = time_batches(workload, step, resident, device, emit)
+        memory["nvml_process_mib"] = nvml_process_mib(device)
     else:
         with closing(train_loader()) as loader:
             memory = train(workload, step, evaluate, loader, device, emit, order.pictures, references)
+            memory["nvml_process_mib"] = nvml_process_mib(device)  # with what the loader holds
     emit(section="timing", value={"steady": steady})
-    counted = {"nvml_process_mib": nvml_process_mib(device), "limit_mib": tuning.memory_limit_mib}
-    emit(section="memory", value=memory | counted)
+    emit(section="memory", value=memory | {"limit_mib": tuning.memory_limit_mib})
     if tuning.compile:
         recompiles = new_graphs() - graphs
         emit(section="compile", value={"recompiles": recompiles})
@@ -365,7 +367,7 @@ class Timing:
     def add(self, images: int, steps: int) -> None:
         self._images += images
         self._steps += steps
-        train_s = sum(clock.total_s for clock in self._clocks)
+        train_s = sum(clock.steps_s for clock in self._clocks)
         timing = {
             "timing_version": TIMING_VERSION,
             "block_steps": self._clocks[0].block_steps,
@@ -518,7 +520,7 @@ def accuracy(
 def write_trace(path: Path, step: Step, batch: Batch, device: torch.device) -> None:
     """A profiler trace of a few further steps, after everything was measured, for chrome://tracing or Perfetto.
 
-    A second of others comes before them, untraced, so that the clocks are those of a run that goes on.
+    A second of others comes before them, not kept, so that the clocks are those of a run that goes on.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":

@@ -143,6 +143,7 @@ def run(
             "--seeds",
             metavar="N",
             min=1,
+            max=1_000,
             help="Open division: so many, from --seed on, in one process.  [default: 30; quick: 2]",
         ),
     ] = None,
@@ -171,9 +172,29 @@ def run(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's "stop" ends a run as Ctrl-C does
     chosen = [find(name) for name in workloads or names(suite.value)]
+    tunings = [name.value for name in tuning or SUITE_TUNINGS[suite]]
     if seeds is not None and any(workload.division == "closed" for workload in chosen):
         raise UserError("--seeds is for the open division; elsewhere each seed is a run of its own: --seed")
-    tunings = [name.value for name in tuning or SUITE_TUNINGS[suite]]
+    cases = [
+        Case(
+            workload=workload.name,
+            suite=suite.value,
+            tuning=name,
+            mode=mode.value,
+            seed=seed,
+            seeds=1 if workload.division == "closed" else seeds or (30 if suite is Suite.open else 2),
+        )
+        for workload in chosen
+        for name in tunings
+        for _ in range(repeats)
+    ]
+    for case in cases:
+        resolve(case)  # a suite of another division ends the command here
+    if any(workload.division == "open" for workload in chosen):
+        if mode is not Mode.e2e or trace or find_batch_size:
+            raise UserError("the open division is timed end to end: leave --mode, --trace and --find-batch-size out")
+        if others := [name for name in tunings if TUNINGS[name](None).loader != "dali"]:
+            raise UserError(f"the open division is fed by DALI: --tuning {others[0]} is not")
     check_writable(results)
     here = machine.describe()
     if here["gpu"] is None and any(TUNINGS[name](None).needs_gpu for name in tunings):
@@ -193,21 +214,6 @@ def run(
     root = root_of(data)
     hashes = announce_data(sorted({workload.dataset for workload in chosen}), root)
 
-    cases = [
-        Case(
-            workload=workload.name,
-            suite=suite.value,
-            tuning=name,
-            mode=mode.value,
-            seed=seed,
-            seeds=1 if workload.division == "closed" else seeds or (30 if suite is Suite.open else 2),
-        )
-        for workload in chosen
-        for name in tunings
-        for _ in range(repeats)
-    ]
-    for case in cases:
-        resolve(case)  # a suite of another division ends the command here
     if find_batch_size:
         return say_batch_sizes(cases, root, here)
     done: Counter[Case] = Counter()
@@ -304,8 +310,11 @@ def held(records: list[Record], here: dict[str, Any], hashes: dict[str, dict[str
             and (record["case"].get("recipe") or {}).get("weights") != missing_weights
         )
 
-    whole = (record["case"] for record in records if counts(record))
-    return Counter(Case(**{name: value for name, value in case.items() if name in fields}) for case in whole)
+    def case_of(described: Record) -> Case:
+        known: dict[str, Any] = {name: described.get(name) for name in fields if name != "seeds"}
+        return Case(**known, seeds=len(described.get("seeds") or [0]))
+
+    return Counter(case_of(record["case"]) for record in records if counts(record))
 
 
 @app.command()

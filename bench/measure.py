@@ -13,6 +13,8 @@
   epoch is recorded beside them.
 - Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first epoch
   whose metric reaches the target, and exists only where the final metric reaches it too.
+  In the open division, where many seeds are trained in one process, a seed's time is that of its training and its one
+  evaluation together; images per second count its steps alone.
 - Peak memory is that of torch's allocations in training, and what a captured step allocated while it was captured:
   its replays use that memory without allocating it.
 - Raw block times are kept; medians, intervals and verdicts are derived later.
@@ -69,19 +71,22 @@ def warm_up(step: Callable[[], torch.Tensor]) -> bool:
 class BlockClock:
     """Times one stretch of steps in blocks of `block_steps`, as the timing contract above says.
 
-    After `stop`, `block_s` holds the seconds of each full block, `total_s` those of all steps, `wall_s` the same by the
-    host's clock. `steps_at_once` steps come at a time, but for fewer at the end.
+    After `stop`, `block_s` holds the seconds of each full block, `steps_s` those of all steps, `total_s` those until
+    `stop`, more where the steps had an `end_steps`, and `wall_s` the same by the host's clock. `steps_at_once` steps
+    come at a time, but for fewer at the end.
     """
 
     def __init__(self, device: torch.device, steps: int, steps_at_once: int = 1) -> None:
         self.block_steps = steps_at_once * max(1, steps // steps_at_once // BLOCKS_PER_EPOCH)
         self.block_s: list[float] = []
+        self.steps_s = 0.0
         self.total_s = 0.0
         self.wall_s = 0.0
         self._cuda = device.type == "cuda"
         self._steps = 0
         self._start = 0.0
         self._marks: list[Any] = []  # of the start and the end of each block: CUDA events, or seconds
+        self._ends: tuple[int, int] | None = None  # how many marks there were with the last whole block and last step
 
     def start(self) -> None:
         if self._cuda:
@@ -99,15 +104,26 @@ class BlockClock:
             self._marks[-2].synchronize()
         return True
 
-    def stop(self) -> None:
+    def end_steps(self) -> None:
+        """The last step is behind: what comes until `stop` is none, and in `total_s` alone."""
         whole = len(self._marks)
         if self._steps % self.block_steps:
             self._mark()
+        self._ends = whole, len(self._marks)
+
+    def stop(self) -> None:
+        if self._ends is None:
+            self.end_steps()
+        else:
+            self._mark()
+        assert self._ends is not None
+        whole, steps = self._ends
         if self._cuda:
             self._marks[-1].synchronize()
         self.wall_s = time.perf_counter() - self._start
         laps = [self._seconds(one, two) for one, two in pairwise(self._marks)]
         self.block_s = laps[: whole - 1]
+        self.steps_s = sum(laps[: steps - 1])
         self.total_s = sum(laps)
 
     def _mark(self) -> None:

@@ -27,7 +27,7 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
                 ceilings allow; counted in bench/roofline.py, the ceilings measured by netdyno doctor)
     code
 
-A record of the open division holds many seeds: their number as `case.seeds`, and for the curve `accuracy.seeds` (seed,
+A record of the open division holds many seeds: they stand in `case.seeds`, and for the curve `accuracy.seeds` (seed,
 train_s and metric of each; `final` is their mean), `standard_deviation`, `lower_bound` (of the mean, at 95 %) and
 `surely` (whether that reaches the target too).
 """

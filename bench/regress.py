@@ -153,6 +153,12 @@ def step_s(record: Record) -> float | None:
     return statistics.median(blocks) / steps
 
 
+def _time_to_target(record: Record) -> float | None:
+    if at(record, "accuracy", "seeds"):  # the open division: the mean of all seeds, whose mean metric is the final one
+        return _positive(record, "accuracy", "train_s_to_target")
+    return _to_target(record, lambda epoch: _positive(epoch, "train_s"))
+
+
 def _to_target(record: Record, length: Callable[[Mapping[str, Any]], float | None]) -> float | None:
     """The sum of `length` over the epochs to the target; a run that misses it counts as one epoch more than it has."""
     curve, target = at(record, "accuracy", "curve"), _number(record, "accuracy", "target")
@@ -181,6 +187,11 @@ def _seed(record: Record) -> Hashable:
     return json.dumps(at(record, "case", "seed"))
 
 
+def _timed(record: Record) -> Hashable:
+    """The seed; a run of many seeds is a time of its own, since all runs have the same ones."""
+    return record["id"] if at(record, "accuracy", "seeds") else _seed(record)
+
+
 def _cold_start(record: Record) -> Hashable:
     """Runs that share a compiler cache carry the one cold start that filled it."""
     return _number(record, "compile", "cold_s"), _number(record, "compile", "cold_start_s")
@@ -202,6 +213,12 @@ QUANTITIES: tuple[Quantity, ...] = (  # of those of one name, the first that the
         # Held after training, and with it what torch reserved at its peak. The sampled peak now and then meets the
         # trials of cuDNN before, which take 100 MiB for a moment.
         read=lambda record: _positive(record, "memory", "nvml_process_mib"),
+        floor=0.01,
+    ),
+    Quantity(
+        name="peak memory",
+        unit="MiB by NVML, sampled",
+        read=lambda record: _positive(record, "memory", "nvml_process_peak_mib"),  # all that older records have
         floor=0.01,
     ),
     Quantity(
@@ -229,9 +246,9 @@ QUANTITIES: tuple[Quantity, ...] = (  # of those of one name, the first that the
     Quantity(
         name="time to target",
         unit="s",
-        read=lambda record: _to_target(record, lambda epoch: _positive(epoch, "train_s")),
+        read=_time_to_target,
         floor=0.02,
-        sample=_seed,
+        sample=_timed,
     ),
     Quantity(
         name="epochs to target",
@@ -324,15 +341,18 @@ def conditions_of(record: Record) -> tuple[Any, ...]:
     data, accuracy = at(record, "data"), at(record, "accuracy") or {}
     of_data = [at(data, name) for name in ("name", "label", "sha256")]
     target = "of the run" if at(accuracy, "references") else at(accuracy, "target")  # measured anew in every run
-    return at(record, "timing", "timing_version"), of_data, target, at(record, "case", "recipe")
+    version = at(record, "timing", "timing_version")
+    seeds, recipe = (at(record, "case", name) for name in ("seeds", "recipe"))
+    return version, of_data, target, seeds, recipe
 
 
 def _named(conditions: tuple[Any, ...]) -> dict[str, Any]:
-    timing_version, data, target, recipe = conditions
+    timing_version, data, target, seeds, recipe = conditions
     entries = recipe if isinstance(recipe, dict) else {}
     return {
         "timing version": timing_version,
         "data": data,
+        "set of seeds": seeds,
         "target": target,
         **{f"{RECIPE}{_clean(name)}": entries[name] for name in entries},
     }

@@ -104,7 +104,7 @@ def compile_cache(case: Case, machine: dict[str, Any]) -> Path | None:
     """The compiler cache of everything that compiles as this case does; None for a tuning that does not compile."""
     if not TUNINGS[case.tuning](None).compile:
         return None
-    what = describe(case, resolve(case)) | {"seed": None, "mode": None}
+    what = describe(case, resolve(case)) | {"seed": None, "seeds": None, "mode": None}
     key = hashlib.sha256(json.dumps([what, machine["slug"], machine["versions"]]).encode()).hexdigest()[:12]
     return cache_home() / "compile" / f"{case.workload}-{case.tuning}-{key}"
 

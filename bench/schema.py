@@ -291,7 +291,8 @@ RECORD = _object(
             {
                 **dict.fromkeys(("workload", "tuning", "mode"), _name),
                 **dict.fromkeys(("division", "suite", "precision"), _or_null(_name)),
-                **dict.fromkeys(("seed", "seeds"), _or_null(_count)),
+                "seed": _or_null(_count),
+                "seeds": _or_null(_each(_count, MOST_SEEDS)),
                 "gpus": _or_null(_count),
                 "recipe": _or_null(_table(_plain)),
             },

@@ -109,7 +109,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tuning) -> torch.optim.Optimizer:
     """The recipe's optimizer; RMSprop has no fused form and takes the default one (ρ 0.9, as its source has it)."""
-    if isinstance(recipe, OpenRecipe) and recipe.optimizer == "muon":
+    if recipe.optimizer == "muon":
+        assert isinstance(recipe, OpenRecipe)
         return make_muon(parameters, recipe, tuning)
     common: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "rmsprop":
@@ -130,6 +131,7 @@ def make_muon(parameters: list[nn.Parameter], recipe: OpenRecipe, tuning: Tuning
     """Convolutions by Muon; the linear layer's weight and the biases by SGD, each at a rate of its own."""
     kinds = [[weight for weight in parameters if weight.ndim == dimensions] for dimensions in (4, 2, 1)]
     convolutions, head, biases = kinds
+    assert sum(map(len, kinds)) == len(parameters)
     plain = [
         {"params": members, "lr": rate, "weight_decay": recipe.weight_decay / rate}
         for members, rate in ((head, recipe.head_rate), (biases, recipe.bias_rate))

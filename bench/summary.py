@@ -381,12 +381,12 @@ def _when(record: Record) -> tuple[str, str]:
 
 
 def _case(record: Record) -> str:
-    names = ("workload", "division", "tuning", "mode", "suite", "seed", "gpus")
+    names = ("workload", "division", "tuning", "mode", "suite", "seed", "seeds", "gpus")
     return _key(at(record, "machine", "slug"), *(at(record, "case", name) for name in names))
 
 
 def _comparable(record: Record) -> str:
-    names = ("workload", "division", "tuning", "mode", "suite", "gpus", "recipe")
+    names = ("workload", "division", "tuning", "mode", "suite", "seeds", "gpus", "recipe")
     case = (at(record, "case", name) for name in names)
     return _key(at(record, "machine", "slug"), *case, _data(record), at(record, "timing", "timing_version"))
 

@@ -70,6 +70,8 @@ class Recipe:
         if min(self.batch_size, self.epochs) < 1 or self.learning_rate <= 0:
             raise ValueError("batch_size and epochs must be at least 1, learning_rate above 0")
         check_choice("optimizer", self.optimizer, OptimizerName)
+        if self.optimizer == "muon" and not isinstance(self, OpenRecipe):
+            raise ValueError("muon is of the open division: OpenRecipe")
         check_choice("schedule", self.schedule, ScheduleName)
         check_choice("basis", self.basis, BasisName)
 
@@ -85,6 +87,13 @@ class OpenRecipe(Recipe):
     jitter: float = 0.0  # training: brightness and contrast of an image, uniform in so many standard deviations
     sides: tuple[tuple[int, float], ...] = ()  # (pixels of an image's side, so many epochs), in order; (): as stored
     unsure: float = 0.0  # the share of test images, the least certain, that are judged by five further views of each
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimizer == "muon" and min(self.head_rate, self.bias_rate) <= 0:
+            raise ValueError("muon needs a head_rate and a bias_rate above 0")
+        if self.sides and sum(epochs for _, epochs in self.sides) != self.epochs:
+            raise ValueError(f"sides for {sum(epochs for _, epochs in self.sides)} epochs, not {self.epochs}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +328,7 @@ def cifar10_94() -> Workload:
         recipe=recipe,
         source=recipe,
         quick=replace(
-            recipe, batch_size=128, epochs=1, sides=((24, 0.5), (32, 0.5)), train_images=640, eval_images=500
+            recipe, batch_size=128, epochs=1, sides=((24, 0.5), (32, 0.5)), train_images=768, eval_images=500
         ),
         eval_batch_size=10_000,
         division="open",
@@ -354,7 +363,7 @@ def cifar100_70() -> Workload:
         target=70.0,
         recipe=recipe,
         source=recipe,
-        quick=replace(recipe, batch_size=64, epochs=1, sides=((20, 0.5), (32, 0.5)), train_images=320, eval_images=500),
+        quick=replace(recipe, batch_size=64, epochs=1, sides=((20, 0.5), (32, 0.5)), train_images=384, eval_images=500),
         eval_batch_size=10_000,
         division="open",
     )
@@ -454,4 +463,6 @@ def describe(case: Case, workload: Workload) -> dict[str, Any]:
     described = asdict(case) | {"division": workload.division, "gpus": 1, "recipe": recipe}
     if workload.division == "closed":
         del described["seeds"]  # always one
+    else:
+        described["seeds"] = list(range(case.seed, case.seed + case.seeds))
     return described

@@ -320,7 +320,7 @@ _conv.register_autograd(_backward, setup_context=_keep)
 
 
 def conv(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
-    """`conv_reference` (see there), by the Triton kernels on CUDA; differentiable by weight and bias, also compiled.
+    """`conv_reference` (see there), by Triton kernels from sm_80 on; differentiable by weight and bias, also compiled.
 
     activation: "relu" or "elu". ValueError for another, for weights that the kernels do not take (`takes`) and for
     images that need a gradient.
@@ -331,6 +331,6 @@ def conv(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int
         raise ValueError(f"weights {tuple(weight.shape)} on images of {images.shape[1]} channels")
     if images.requires_grad:
         raise ValueError("the gradient of the images is not computed here")
-    if not images.is_cuda:
+    if not images.is_cuda or torch.cuda.get_device_capability(images.device) < (8, 0):
         return conv_reference(images, weight, bias, stride, padding, activation)
     return _conv(images, weight, bias, stride, padding, activation)

@@ -51,7 +51,7 @@ def in_a_graph(units: int | None) -> float:
     """Seconds that each of many small kernels takes in a CUDA graph, with a spin of `units` before each, or without."""
     device = torch.device("cuda")
     small = torch.zeros(1, device=device)
-    spin(1, device)  # compiles
+    spin(units or 1, device)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(KERNELS):

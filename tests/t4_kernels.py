@@ -1,4 +1,7 @@
-"""The Triton kernels that torch.compile makes of the six networks for a T4, kept in t4_kernels.json.
+"""The Triton kernels that torch.compile makes of the six networks under the T4 policy, kept in t4_kernels.json.
+
+They are what it made on the card that the file names; what it would make on a T4 may differ in sizes. Networks, step
+and compiler go on meanwhile: collect them anew when one of them changes what is compiled.
 
     python tests/t4_kernels.py [CACHES]
 
@@ -17,9 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from netdyno.bench.record import load_all
 from netdyno.bench.workloads import names
 
 FIXTURE = Path(__file__).with_suffix(".json")
+MADE_BY = ("torch", "triton")
 # What stands before a kernel in the file that inductor writes for it; its device is that of the run, ours is a T4.
 HEAD = """
 import triton
@@ -62,8 +67,10 @@ class Kernel(NamedTuple):
         return getattr(module, self.name)
 
 
-def kept() -> list[Kernel]:
-    return [Kernel(**row) for row in json.loads(FIXTURE.read_text(encoding="utf-8"))]
+def kept() -> tuple[list[Kernel], dict[str, str]]:
+    """The kernels, and on what they were collected: the card and the versions of torch and Triton."""
+    content = json.loads(FIXTURE.read_text(encoding="utf-8"))
+    return [Kernel(**row) for row in content["kernels"]], content["made_on"]
 
 
 def make_caches(folder: Path) -> None:
@@ -99,7 +106,9 @@ def main() -> None:
         if len(sys.argv) == 1:
             make_caches(caches)
         rows = [kernel._asdict() for kernel in collected(caches)]
-    FIXTURE.write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
+        record = load_all(caches / "results")[-1]["machine"]
+    made_on = {"gpu": record["gpu"]} | {name: record["versions"][name] for name in MADE_BY}
+    FIXTURE.write_text(json.dumps({"made_on": made_on, "kernels": rows}, indent=0) + "\n", encoding="utf-8")
     print(f"{len(rows)} kernels in {FIXTURE}")
 
 

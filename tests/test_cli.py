@@ -239,6 +239,10 @@ def test_the_open_division_runs_its_own_workloads_with_thirty_seeds_each(netdyno
         ("run mnist-cnn --suite open", "mnist-cnn is of the closed division: run it by --suite full or quick"),
         ("run mnist-99 --suite full", "mnist-99 is of the open division: run it by --suite open or quick"),
         ("run mnist-cnn --seeds 3", "--seeds is for the open division"),
+        ("run --suite open --mode compute", "leave --mode, --trace and --find-batch-size out"),
+        ("run --suite open --trace", "leave --mode, --trace and --find-batch-size out"),
+        ("run --suite open --tuning eager", "fed by DALI: --tuning eager is not"),
+        ("run --suite open --seeds 1001", "--seeds"),
     ],
 )
 def test_divisions_are_not_mixed(netdyno: Any, runs: Runs, arguments: str, says: str) -> None:
@@ -246,6 +250,7 @@ def test_divisions_are_not_mixed(netdyno: Any, runs: Runs, arguments: str, says:
     assert ended.code == 2
     assert says in ended.err
     assert runs.cases == []
+    assert not Path("results").exists()
 
 
 def test_a_bug_keeps_its_traceback(netdyno: Any, runs: Runs) -> None:

@@ -72,6 +72,25 @@ def compare_with_float64(case: tuple[int, ...], dtype: torch.dtype, activation: 
         close(got, leaf.grad, 10 * tolerance)  # slopes are rounded, and of ELU they come from a rounded value
 
 
+def sum_exactly(case: tuple[int, ...], device: str) -> None:
+    b, c, o, h, w, side, stride, padding = case
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(-2, 3, (b, c, h, w), generator=draw).to(device, torch.float16)
+    images = images.contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-2, 3, (o, c, side, side), generator=draw).to(device, torch.float32)
+    bias = torch.full((o,), 200.0, device=device)  # every output is above zero
+    exact = [tensor.double().requires_grad_() for tensor in (images, weight, bias)]
+    expected = conv_reference(*exact, stride, padding, "relu")
+    out = conv_triton(images, weight, bias, stride, padding, "relu")
+    assert torch.equal(out.double(), expected)
+    gradient = torch.randint(-1, 2, expected.shape, generator=draw).to(device, torch.float16)
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    expected.backward(gradient.double())
+    partial = gradient_triton(images, gradient, out, side, stride, padding, "relu")
+    for got, leaf in zip(summed(partial, weight.shape), exact[1:], strict=True):
+        assert torch.equal(got.double(), leaf.grad)
+
+
 def test_kernels_equal_float64_in_the_interpreter() -> None:
     """In a process of its own: Triton decides for the interpreter when a kernel is defined."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -88,6 +107,13 @@ def test_kernels_equal_float64_in_the_interpreter() -> None:
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
 def test_kernels_equal_float64_on_the_gpu(case: tuple[int, ...], dtype: torch.dtype, activation: str) -> None:
     compare_with_float64(case, dtype, activation, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+def test_whole_numbers_are_summed_up_exactly_on_the_gpu(case: tuple[int, ...]) -> None:
+    """No pixel is lost or counted twice: sums of small whole numbers have no rounding, however they are ordered."""
+    sum_exactly(case, "cuda")
 
 
 @pytest.mark.gpu
@@ -152,4 +178,5 @@ if __name__ == "__main__":
     for n, one in enumerate(CASES):
         for kind in (torch.float32, torch.float16):
             compare_with_float64(one, kind, ("relu", "elu")[n % 2], "cpu")
+        sum_exactly(one, "cpu")
     print("equal")

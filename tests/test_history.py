@@ -93,9 +93,7 @@ def test_too_few_runs_have_no_step() -> None:
 
 
 def test_steps_of_other_quantities_are_found_too() -> None:
-    made = [
-        run(number, 1000.0 + number % 3, nvml_process_peak_mib=1500.0 + (number > 12) * 100) for number in range(24)
-    ]
+    made = [run(number, 1000.0 + number % 3, nvml_process_mib=1500.0 + (number > 12) * 100) for number in range(24)]
     (step,) = found(made, "peak memory")
     assert (step.position, step.before, step.after) == (13, 1500.0, 1600.0)
     assert found(made) == []

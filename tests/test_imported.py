@@ -110,7 +110,7 @@ def test_a_real_report(tmp_path: Path) -> None:
         "no:cacheprovider",
         str(BENCHMARKS),
         "-k",
-        "augment or patches",
+        "augment or first_layer",
     ]
     done = subprocess.run(
         [*command, "--benchmark-only", f"--benchmark-json={file}"],
@@ -125,5 +125,5 @@ def test_a_real_report(tmp_path: Path) -> None:
     records, problems = read_all(tmp_path / "results")
     assert problems == []
     names = {(record["case"]["workload"], record["case"]["tuning"]) for record in records}
-    assert {("reference_on_the_cpu", "plain"), ("patches", "kernel-cpu"), ("patches", "reference-cpu")} <= names
+    assert {("reference_on_the_cpu", "plain"), ("first_layer", "kernel-cpu"), ("first_layer", "reference-cpu")} <= names
     assert all(record["throughput"]["images_per_s"] > 0 for record in records)

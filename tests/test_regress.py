@@ -263,6 +263,39 @@ def test_what_is_not_comparable_is_refused(reason: str) -> None:
     assert reason in comparison.verdicts[0].reason
 
 
+def of_seeds(seconds: float, metric: float, count: int = 30, **changes: Any) -> list[dict[str, Any]]:
+    """Runs of the open division, each of `count` seeds that take so long and reach so much, about."""
+    made = runs(steady(20), **changes)
+    for record, factor in zip(made, steady(20, 1.0, seed=2), strict=True):
+        record["case"] |= {"division": "open", "suite": "open", "seeds": list(range(count))}
+        rows = [{"seed": seed, "train_s": seconds * factor, "metric": metric} for seed in range(count)]
+        record["accuracy"] = {
+            "metric": "test accuracy",
+            "unit": "%",
+            "higher_is_better": True,
+            "final": metric,
+            "target": 94.0,
+            "reached": metric >= 94.0,
+            "train_s_to_target": seconds * factor if metric >= 94.0 else None,
+            "seeds": rows,
+        }
+    return made
+
+
+def test_the_open_division_is_judged_by_its_time_whatever_the_recipe() -> None:
+    old = of_seeds(1.0, 94.1)
+    other = {"recipe": {"batch_size": 256, "lr": 0.5}}
+    assert of(compare(old, of_seeds(0.9, 94.1, **other)), "time to target").verdict == "IMPROVEMENT"
+    assert of(compare(old, of_seeds(1.1, 94.1, **other)), "time to target").verdict == "REGRESSION"
+    assert of(compare(old, of_seeds(0.5, 93.0, **other)), "time to target").verdict == "MISSING"
+
+
+def test_means_of_other_numbers_of_seeds_are_not_compared() -> None:
+    (verdict,) = compare(of_seeds(1.0, 94.1), of_seeds(1.0, 94.1, count=2)).verdicts
+    assert (verdict.verdict, verdict.quantity) == ("AMBIGUOUS", "case")
+    assert "another set of seeds" in verdict.reason
+
+
 def test_another_recipe_is_judged_by_the_target_alone() -> None:
     """Twice the batch: other images/s, other memory; what counts is how long it takes, and how good it gets."""
     new = seeded([value - 0.6 for value in ACCURATE], 20, target=98.0)

@@ -225,18 +225,25 @@ def test_the_open_division(make: Callable[[], Workload]) -> None:
     case = Case(workload=make().name, suite="open", tuning="tuned", seed=3, seeds=2)
     workload = resolve(case)
     found = json.loads(json.dumps(describe(case, workload)))
-    assert (found["division"], found["seeds"], found["seed"]) == ("open", 2, 3)
+    assert (found["division"], found["seeds"], found["seed"]) == ("open", [3, 4], 3)
     for field in fields(OpenRecipe):
         assert found["recipe"][field.name] == json.loads(json.dumps(getattr(workload.recipe, field.name))), field.name
     assert workload.target is not None
     assert resolve(replace(case, suite="quick")).target is None
     assert str(case) == f"{workload.name} tuned e2e seeds 3 to 4"
-    for form in (workload.recipe, workload.quick):
-        assert isinstance(form, OpenRecipe)
-        assert sum(epochs for _, epochs in form.sides) in (0, form.epochs)
 
 
 def test_suites_of_another_division_are_refused() -> None:
     for name, suite in (("mnist-cnn", "open"), ("mnist-99", "full"), ("mnist-99", "source"), ("mnist-99", "ladder")):
         with pytest.raises(UserError, match="division: run it by --suite"):
             resolve(Case(workload=name, suite=suite, tuning="tuned"))
+
+
+def test_recipes_that_cannot_be_trained_are_refused() -> None:
+    muon = {"batch_size": 8, "epochs": 3, "optimizer": "muon", "learning_rate": 0.1}
+    with pytest.raises(ValueError, match="of the open division"):
+        Recipe(**muon)
+    with pytest.raises(ValueError, match="needs a head_rate"):
+        OpenRecipe(**muon)
+    with pytest.raises(ValueError, match="sides for 2 epochs, not 3"):
+        OpenRecipe(**muon, head_rate=1.0, bias_rate=1.0, sides=((24, 1), (32, 1)))

@@ -18,6 +18,7 @@ from typing import Any
 
 from planted import HOARD, ROOT, SPIN, copy, fill, units_for, whole
 
+from netdyno.bench import machine
 from netdyno.bench.ab import Checkout, Contest, parse_case
 from netdyno.bench.gate import read_records
 from netdyno.bench.record import Record
@@ -63,6 +64,7 @@ case = Case(workload=workload, suite=suite, tuning=tuning, mode=mode)
 child.run(Order(case=case, data=default_root(), pictures=Path(), started=time.time()), lambda **event: None)
 """
 
+LOSS = "nll_loss_forward"
 CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
 
 Row = tuple[str, str, str, bool]  # what was done, what should show, what showed, whether that is so
@@ -173,7 +175,7 @@ def other_process() -> Iterator[None]:
 
 
 def trace(series: Series) -> Iterator[Row]:
-    """The throughput of a case by its profiler's trace: from the first kernel to the end of the last."""
+    """The throughput of a case by its profiler's trace."""
     place = series.folder / "traced"
     if not place.exists():
         workload, tuning, mode, suite = parse_case(LONG)
@@ -189,13 +191,13 @@ def trace(series: Series) -> Iterator[Row]:
 
 
 def traced_images_per_s(traced: dict[str, Any], record: Record) -> float:
-    """By the kernels of the trace and the losses that it counts: without a compiler one kernel makes that of a step."""
-    kernels = [event for event in traced["traceEvents"] if event.get("cat") == "kernel"]
-    begin = min(event["ts"] for event in kernels)
-    end = max(event["ts"] + event["dur"] for event in kernels)
-    steps = sum("nll_loss_forward" in event["name"] for event in kernels)
-    assert steps, "a trace without a loss"
-    return steps * record["case"]["recipe"]["batch_size"] / (1e-6 * (end - begin))
+    """By the first and the last loss: of each step one kernel makes it, where nothing is compiled.
+
+    Whatever of earlier steps the trace begins with, and of the last one it ends with, is left out.
+    """
+    losses = [event["ts"] for event in traced["traceEvents"] if event.get("cat") == "kernel" and LOSS in event["name"]]
+    assert len(losses) > 1, "a trace of fewer than two losses"
+    return (len(losses) - 1) * record["case"]["recipe"]["batch_size"] / (1e-6 * (max(losses) - min(losses)))
 
 
 def energy(series: Series) -> Iterator[Row]:
@@ -231,19 +233,20 @@ def main() -> int:
         for row in PARTS[part](series):
             print(*row, sep="  ", flush=True)
             rows.append(row)
-        (series.folder / f"{part}.json").write_text(json.dumps(rows))
+        here = machine.describe()
+        on = f"{here['gpu'] or here['cpu']}, torch {here['versions']['torch']}"
+        (series.folder / f"{part}.json").write_text(json.dumps({"on": on, "rows": rows}))
     return write_page(series.folder)
 
 
 def write_page(folder: Path) -> int:
     """What the folder's parts show, as the page's table; 0 where all of it holds."""
-    shown = [json.loads(path.read_text()) for part in PARTS if (path := folder / f"{part}.json").exists()]
-    rows: list[Row] = list(chain.from_iterable(shown))
+    parts = [json.loads(path.read_text()) for part in PARTS if (path := folder / f"{part}.json").exists()]
+    rows: list[Row] = list(chain.from_iterable(part["rows"] for part in parts))
     lines = [(done, expected, found, "yes" if holds else "no") for done, expected, found, holds in rows]
-    record = next(path for path in folder.glob("calm/*/*/*/*.json") if path.name != "machine.json")
-    there = json.loads(record.read_text())["machine"]  # they may have been made elsewhere
     table = aligned(("what was done", "what should show", "what showed", "holds"), [False] * 4, lines)
-    section = f"On {there['gpu'] or there['cpu']}, torch {there['versions']['torch']}.\n\n{table}"
+    places = " and ".join(dict.fromkeys(part["on"] for part in parts))  # they may have been shown on several
+    section = f"On {places}.\n\n{table}"
     PAGE.write_text(replace_section(PAGE.read_text(encoding="utf-8"), "trust", section), encoding="utf-8")
     return 0 if all(holds for *_, holds in rows) else 1
 

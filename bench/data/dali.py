@@ -364,7 +364,9 @@ def _orders(
 
     `count` of all `images` an epoch, then padding to whole super-batches.
     """
-    first = np.random.default_rng(seed).integers(0, 1, images, np.uint8, endpoint=True)  # of flips by turns
+    first = np.zeros(images, np.uint8)
+    if preprocess.flip == "by turns":  # three numbers: two with a zero at the end are the stream of the first epoch
+        first = np.random.default_rng((seed, 0, 1)).integers(0, 1, images, np.uint8, endpoint=True)
     for epoch in itertools.count():
         draw = np.random.default_rng((seed, epoch))
         rows = draw.permutation(images) if shuffle else np.arange(images)
