@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import few_channels, patches
+from ..kernels import few_channels, first_layer, patches
 from ..kernels.pooled_activation import Activation, pooled_activation
 from ..models.resnet50_transfer import ResNet50Transfer
 
@@ -35,7 +35,7 @@ def fuse(network: nn.Module, dtype: torch.dtype) -> None:
     """Replaces, in every `nn.Sequential` of `network`, convolutions and what follows them where a kernel does the same.
 
     Parameters stay what they are, under the names that they had; what was taken in is an `nn.Identity` from then on.
-    Frozen features of a ResNet become folded ones, computed in `dtype`.
+    Frozen features of a ResNet become folded ones, and first layers by their kernel, both computed in `dtype`.
     """
     if isinstance(network, ResNet50Transfer):
         from ..models.folded_resnet import FoldedResNet  # here, since it takes torchvision's models
@@ -44,7 +44,7 @@ def fuse(network: nn.Module, dtype: torch.dtype) -> None:
     for layers in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
         modules = list(layers)
         for place, conv in enumerate(modules):
-            if not _is_plain(conv) or (found := _replacement(conv, modules[place + 1 : place + 3])) is None:
+            if not _is_plain(conv) or (found := _replacement(conv, modules[place + 1 : place + 3], dtype)) is None:
                 continue
             function, taken = found
             layers[place] = Replacement(conv, function)
@@ -52,7 +52,7 @@ def fuse(network: nn.Module, dtype: torch.dtype) -> None:
                 layers[behind] = nn.Identity()
 
 
-def _replacement(conv: Convolution, behind: list[nn.Module]) -> tuple[Function, int] | None:
+def _replacement(conv: Convolution, behind: list[nn.Module], dtype: torch.dtype) -> tuple[Function, int] | None:
     """What does the work of `conv`, and how many of the modules behind it are then done too."""
     activation = ACTIVATIONS.get(type(behind[0])) if behind and getattr(behind[0], "alpha", 1.0) == 1.0 else None
     padding, stride = int(conv.padding[0]), conv.stride[0]
@@ -69,7 +69,14 @@ def _replacement(conv: Convolution, behind: list[nn.Module]) -> tuple[Function, 
     convolve = partial(patches.conv if by_patches else F.conv2d, stride=stride, padding=padding)
     if activation is not None and conv.bias is not None and len(behind) > 1 and _is_halving(behind[1]):
         return partial(_pooled, convolve=convolve, activation=activation), 2
+    if activation is not None and conv.bias is not None and by_patches and first_layer.takes(conv.weight):
+        return partial(_first, dtype=dtype, stride=stride, padding=padding, activation=activation), 1
     return (convolve, 0) if by_patches else None
+
+
+def _first(images: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **options: Any) -> Tensor:
+    assert bias is not None
+    return first_layer.conv(images.to(dtype), weight, bias, **options)  # autocast does not know the kernel
 
 
 def _pooled(

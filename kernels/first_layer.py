@@ -3,8 +3,7 @@
 The images have few channels and need no gradient, the output has many, so that its passes through memory are all that
 counts: written once forward, and backward read once beside its own gradient. As a product over patches (see `patches`)
 the patches are written and read too, bias and activation pass over the output once more, and over its gradient twice.
-Here patches are put together in registers for the tensor cores, which Triton has from sm_80 on. No network uses it
-yet: it is to win on a card before.
+Here patches are put together in registers for the tensor cores, which Triton has from sm_80 on.
 
 Shapes: images [B, C, H, W], outputs [B, O, HO, WO], channels last. A patch is a row of LENGTH values: those under one
 pixel, tap by tap, then a one, whose gradient is the bias's, then zeros up to a power of two.
@@ -16,6 +15,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import patches
 
 PIXELS = 128  # of a program's block: one for each thread
 PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor
@@ -108,7 +109,7 @@ def conv_kernel(
 ):
     """Programs: blocks of pixels. out: [pixels, O]."""
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    patches = _patches(
+    rows = _patches(
         images,
         pixel,
         pixels,
@@ -131,7 +132,7 @@ def conv_kernel(
     tap = k // CHANNELS
     at = weight + (k % CHANNELS * weight_c + tap // SIDE * weight_y + tap % SIDE * weight_x)[:, None]
     factors = tl.load(at + o[None, :] * weight_o, mask=(tap < SIDE * SIDE)[:, None], other=0.0)
-    total = tl.dot(patches, factors.to(patches.dtype)) + tl.load(bias + o).to(tl.float32)[None, :]
+    total = tl.dot(rows, factors.to(rows.dtype)) + tl.load(bias + o).to(tl.float32)[None, :]
     if RELU:
         total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -175,7 +176,7 @@ def gradient_kernel(
     total = tl.zeros([LENGTH, OUTPUTS], tl.float32)
     for turn in range(TURNS):
         pixel = (turn * tl.num_programs(0) + part) * BLOCK + tl.arange(0, BLOCK)
-        patches = _patches(
+        rows = _patches(
             images,
             pixel,
             pixels,
@@ -199,7 +200,7 @@ def gradient_kernel(
         height = tl.load(out + place, mask=there, other=0.0).to(tl.float32)
         # of ReLU: what is no number passes; of ELU: its slope below zero is its value and one
         slope = tl.where(height <= 0, 0.0 if RELU else slope * (height + 1), slope)
-        total = tl.dot(tl.trans(patches), slope.to(patches.dtype), total)
+        total = tl.dot(tl.trans(rows), slope.to(rows.dtype), total)
     at = partial + (part * LENGTH + k).to(tl.int64)[:, None] * OUTPUTS + o[None, :]
     tl.store(at, total)
 
@@ -320,17 +321,16 @@ _conv.register_autograd(_backward, setup_context=_keep)
 
 
 def conv(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
-    """`conv_reference` (see there), by Triton kernels from sm_80 on; differentiable by weight and bias, also compiled.
+    """`conv_reference` (see there); differentiable by weight and bias, also compiled.
 
-    activation: "relu" or "elu". ValueError for another, for weights that the kernels do not take (`takes`) and for
-    images that need a gradient.
+    By Triton kernels on GPUs from sm_80 on, where the images need no gradient; else by `patches`. activation: "relu" or
+    "elu"; ValueError for another, and for weights that the kernels do not take (`takes`).
     """
     if activation not in ("relu", "elu"):
         raise ValueError(f"activation is {activation!r}, neither relu nor elu")
     if not takes(weight) or images.shape[1] != weight.shape[1]:
         raise ValueError(f"weights {tuple(weight.shape)} on images of {images.shape[1]} channels")
-    if images.requires_grad:
-        raise ValueError("the gradient of the images is not computed here")
-    if not images.is_cuda or torch.cuda.get_device_capability(images.device) < (8, 0):
-        return conv_reference(images, weight, bias, stride, padding, activation)
+    if images.requires_grad or not images.is_cuda or torch.cuda.get_device_capability(images.device) < (8, 0):
+        out = patches.conv(images, weight, bias, stride, padding)
+        return F.relu(out) if activation == "relu" else F.elu(out)
     return _conv(images, weight, bias, stride, padding, activation)

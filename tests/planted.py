@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from netdyno.bench import gate, machine
@@ -45,19 +46,21 @@ def _planted(make):
 _plain_step, _adversarial_step = _planted(_plain_step), _planted(_adversarial_step)
 """
 SPIN = "spin({units}, device)"
-DEAF = "\n\nSampler._run = lambda self: None\n"
 HOARD = "hoard = torch.empty({units} << 20, dtype=torch.uint8, device=device)"
+Planted = Mapping[str, str]  # by the name of a file of bench/, what is appended to it
 
 
-def copy(
-    folder: Path, cache: Path, plant: str | None = None, *, deaf: bool = False, compiled_like: Path | None = None
-) -> Checkout:
-    """This tree's code in a folder of its own, with so much more in each of its steps: `SPIN` or `HOARD`, filled in.
+def in_each_step(work: str) -> Planted:
+    """`SPIN` or `HOARD`, filled in, in each step."""
+    return {"step.py": EXTRA.replace("{plant}", work)}
 
-    deaf: the card's state is not sampled. compiled_like: the cache of the copy whose compiled code it starts from: the
-    compiler tries configurations out and picks by the clock, so that two compilations of the same code may differ by a
-    percent, which is no effect of what was planted. What is there already stays: an interrupted experiment goes on with
-    the same code.
+
+def copy(folder: Path, cache: Path, planted: Planted | None = None, *, compiled_like: Path | None = None) -> Checkout:
+    """This tree's code in a folder of its own, with what is planted into it.
+
+    compiled_like: the cache of the copy whose compiled code it starts from: the compiler tries configurations out and
+    picks by the clock, so that two compilations of the same code may differ by a percent, which is no effect of what
+    was planted. What is there already stays: an interrupted experiment goes on with the same code.
     """
     tree, packages = folder / "tree", folder / "packages"
     if not packages.exists():
@@ -65,13 +68,10 @@ def copy(
         shutil.rmtree(cache, ignore_errors=True)
         for name in ("bench", "kernels", "models"):
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-        if plant is not None:
+        for name, text in (planted or {}).items():
             shutil.copy(ROOT / "tests" / "spin.py", tree / "bench")
-            with (tree / "bench" / "step.py").open("a") as file:
-                file.write(EXTRA.replace("{plant}", plant))
-        if deaf:
-            with (tree / "bench" / "gpu.py").open("a") as file:
-                file.write(DEAF)
+            with (tree / "bench" / name).open("a") as file:
+                file.write(text)
         unfinished = folder / "unfinished"
         unfinished.mkdir()
         (unfinished / "netdyno").symlink_to(tree)
@@ -135,7 +135,7 @@ def main() -> int:
     slow = copy(
         folder / f"copy-slow-{options.percent}",
         folder / f"cache-slow-{options.percent}",
-        SPIN.format(units=units.read_text()),
+        in_each_step(SPIN.format(units=units.read_text())),
         compiled_like=folder / "cache-calm",
     )
 

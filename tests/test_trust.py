@@ -22,7 +22,9 @@ class Made(trust.Series):
         super().__init__(Path())
         self.given = given
 
-    def records(self, case: str, runs: int, plant: str | None = None, name: str = "calm") -> list[dict[str, Any]]:
+    def records(
+        self, case: str, runs: int, name: str = "calm", planted: trust.Planted | None = None
+    ) -> list[dict[str, Any]]:
         return (self.given[name] * runs)[:runs]
 
 
@@ -92,7 +94,7 @@ def test_a_planted_copy_starts_from_the_compiled_code_of_the_calm_one(tmp_path: 
     compiled.mkdir(parents=True)
     (compiled / "code.py").write_text("x")
     (compiled / COLD).write_text(json.dumps({"code": "calm", "compile": {"cold_s": 1.0}}))
-    slow = series.checkout("spin", trust.SPIN.format(units=3))
+    slow = series.checkout("spin", trust.in_each_step(trust.SPIN.format(units=3)))
     taken = Path(slow.environment["XDG_CACHE_HOME"]) / "netdyno" / "compile" / "case"
     assert (taken / "code.py").read_text() == "x"
     kept = json.loads((taken / COLD).read_text())
@@ -109,17 +111,26 @@ def test_busy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_trace_by_hand() -> None:
-    """Three losses of 128 images, 20 µs apart; what is no kernel does not count, nor what came before and after."""
+    """Three losses of 128 images, 20 µs apart; what is no kernel does not count, nor what comes before and after."""
     events = [
         {"cat": "cpu_op", "name": KERNEL, "ts": 0, "dur": 100},
         {"cat": "kernel", "name": "gemm", "ts": 1, "dur": 5},
         *({"cat": "kernel", "name": KERNEL, "ts": start, "dur": 2} for start in (10, 30, 50)),
         {"cat": "kernel", "name": "gemm", "ts": 53, "dur": 30},
     ]
-    found = trust.traced_images_per_s({"traceEvents": events}, make(1))
+    found = trust.traced_images_per_s({"traceEvents": events}, make(1, steps=3))
     assert found == pytest.approx(128 / 20e-6)
-    with pytest.raises(AssertionError, match="fewer than two losses"):
-        trust.traced_images_per_s({"traceEvents": events[1:3]}, make(1))
+    with pytest.raises(AssertionError, match="3 losses of 4 steps"):
+        trust.traced_images_per_s({"traceEvents": events}, make(1, steps=4))
+
+
+def test_what_is_planted_stands_at_the_end_of_files_that_are_there(tmp_path: Path) -> None:
+    planted = {"child.py": trust.TRACED.format(path="there"), **trust.DEAF, **trust.in_each_step("pass")}
+    tree = trust.copy(tmp_path / "copy", tmp_path / "cache", planted).tree
+    for name, text in planted.items():
+        code = (tree / "bench" / name).read_text()
+        assert code == (trust.ROOT / "bench" / name).read_text() + text
+        compile(code, name, "exec")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ The parts, all of them by default, are the functions below; most need a GPU. Rec
 """
 
 import argparse
-import gzip
 import json
 import subprocess
 import sys
@@ -16,11 +15,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from planted import HOARD, ROOT, SPIN, copy, fill, units_for, whole
+from planted import HOARD, ROOT, SPIN, Planted, copy, fill, in_each_step, units_for, whole
 
 from netdyno.bench import machine
 from netdyno.bench.ab import Checkout, Contest, parse_case
-from netdyno.bench.gate import read_records
 from netdyno.bench.record import Record
 from netdyno.bench.stats import median, quantiles
 from netdyno.bench.summary import caveats, summarise
@@ -36,8 +34,7 @@ PAIRS = {  # how many of each case
     "resnet50-transfer tuned compute full": 5,
 }
 SHORT = "mnist-cnn tuned compute full"
-# More than ten seconds of kernels so long that a microsecond more for each, by a profiler, is nothing. Tuned it would
-# run into the power cap, and its speed would swing by 6 % within half a second.
+# More than ten seconds, below the card's power cap.
 LONG = "cifar100-cnn eager compute full"
 BUSY = "import torch\na = torch.ones(4096, 4096, device='cuda')\nwhile True: torch.mm(a, a); torch.cuda.synchronize()"
 
@@ -64,6 +61,19 @@ case = Case(workload=workload, suite=suite, tuning=tuning, mode=mode)
 child.run(Order(case=case, data=default_root(), pictures=Path(), started=time.time()), lambda **event: None)
 """
 
+# The timed region, all of it, in the profiler's trace.
+TRACED = """
+
+_untraced = time_batches
+
+
+def time_batches(*arguments):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
+        memory = _untraced(*arguments)
+    profiler.export_chrome_trace("{path}")
+    return memory
+"""
+DEAF = {"gpu.py": "\n\nSampler._run = lambda self: None\n"}  # the card's state is not sampled
 LOSS = "nll_loss_forward"
 CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
 
@@ -76,20 +86,20 @@ class Series:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def records(self, case: str, runs: int, plant: str | None = None, name: str = "calm") -> list[Record]:
+    def records(self, case: str, runs: int, name: str = "calm", planted: Planted | None = None) -> list[Record]:
         """The first `runs` records of `case` by the copy called `name`, oldest first."""
         place = self.folder / name / case.replace(" ", "-")
         workload, tuning, mode, suite = parse_case(case)
         contest = Contest(
             workload=workload, tuning=tuning, mode=mode, suite=suite, repeats=0, budget_s=0, results=place, data=None
         )
-        fill(self.checkout(name, plant), contest, place, runs)
+        fill(self.checkout(name, planted), contest, place, runs)
         return sorted(whole(place), key=lambda record: record["id"])[:runs]
 
-    def checkout(self, name: str, plant: str | None) -> Checkout:
+    def checkout(self, name: str, planted: Planted | None) -> Checkout:
         """The copy called `name`. It starts from the compiled code of the calm one, which has run before."""
         place, cache, like = self.folder / f"copy-{name}", self.folder / f"cache-{name}", self.folder / "cache-calm"
-        return copy(place, cache, plant, deaf=name == "deaf", compiled_like=None if name == "calm" else like)
+        return copy(place, cache, planted, compiled_like=None if name == "calm" else like)
 
 
 def speed(record: Record) -> float:
@@ -112,7 +122,7 @@ def spin(series: Series) -> Iterator[Row]:
     runs = 10
     calm = series.records(SHORT, runs)
     step_s = median([record["timing"]["train_s"] / record["timing"]["steps"] for record in calm])
-    slow = series.records(SHORT, runs, SPIN.format(units=units_for(0.02 * step_s)), "spin")
+    slow = series.records(SHORT, runs, "spin", in_each_step(SPIN.format(units=units_for(0.02 * step_s))))
     percent = 100 * (median([speed(record) for record in calm]) / median([speed(record) for record in slow]) - 1)
     yield f"{SHORT}: 2 % more work a step", "2 ± 0.3 % slower", f"{percent:.2f} %", abs(percent - 2) <= 0.3
 
@@ -121,7 +131,7 @@ def allocation(series: Series) -> Iterator[Row]:
     """100 MiB more, held while the step runs."""
     peaks = [
         median([record["memory"]["peak_allocated_mib"] for record in made])
-        for made in (series.records(SHORT, 1), series.records(SHORT, 1, HOARD.format(units=100), "hoard"))
+        for made in (series.records(SHORT, 1), series.records(SHORT, 1, "hoard", in_each_step(HOARD.format(units=100))))
     ]
     more = peaks[1] - peaks[0]
     yield f"{SHORT}: 100 MiB more", "100 ± 2 MiB", f"{more:.1f} MiB", abs(more - 100) <= 2
@@ -149,7 +159,8 @@ def sampling(series: Series) -> Iterator[Row]:
     """The card's state, sampled as always, and not at all."""
     runs = 10
     heard, deaf = (
-        median([speed(record) for record in series.records(SHORT, runs, name=name)]) for name in ("calm", "deaf")
+        median([speed(record) for record in series.records(SHORT, runs, name, planted)])
+        for name, planted in (("calm", None), ("deaf", DEAF))
     )
     percent = 100 * (deaf / heard - 1)
     yield f"{SHORT}: {runs} runs sampled, {runs} not", "within 0.5 %", f"{percent:+.2f} %", abs(percent) <= 0.5
@@ -158,7 +169,7 @@ def sampling(series: Series) -> Iterator[Row]:
 def busy(series: Series) -> Iterator[Row]:
     """Another process at work on the card."""
     with other_process():
-        (record,) = series.records(SHORT, 1, name="beside")
+        (record,) = series.records(SHORT, 1, "beside")
     (row,) = summarise([record])
     said = "; ".join(caveats(row))
     yield f"{SHORT}: beside a busy process", "flagged", said or "nothing", "other process" in said
@@ -175,28 +186,22 @@ def other_process() -> Iterator[None]:
 
 
 def trace(series: Series) -> Iterator[Row]:
-    """The throughput of a case by its profiler's trace."""
-    place = series.folder / "traced"
-    if not place.exists():
-        workload, tuning, mode, suite = parse_case(LONG)
-        options = ["--tuning", tuning, "--mode", mode, "--suite", suite, "--results", str(place), "--trace"]
-        done = series.checkout("calm", None).run("run", workload, *options)
-        assert done.returncode == 0, done.stderr
-    (record,) = read_records(str(place), place)
-    (path,) = place.glob("*/*/*.trace.json.gz")
-    by_trace = traced_images_per_s(json.loads(gzip.decompress(path.read_bytes())), record)
+    """The throughput of a case by a trace of the very steps that were timed."""
+    path = series.folder / "timed.trace.json"
+    (record,) = series.records(LONG, 1, "traced", {"child.py": TRACED.format(path=path)})
+    by_trace = traced_images_per_s(json.loads(path.read_text()), record)
     percent = 100 * (by_trace / speed(record) - 1)
     found = f"{by_trace:,.0f} against {speed(record):,.0f} images/s: {percent:+.2f} %"
-    yield f"{LONG}: recomputed from a trace", "within 1 %", found, abs(percent) <= 1
+    yield f"{LONG}: recomputed from a trace of it", "within 1 %", found, abs(percent) <= 1
 
 
 def traced_images_per_s(traced: dict[str, Any], record: Record) -> float:
     """By the first and the last loss: of each step one kernel makes it, where nothing is compiled.
 
-    Whatever of earlier steps the trace begins with, and of the last one it ends with, is left out.
+    AssertionError where the trace does not hold every step.
     """
     losses = [event["ts"] for event in traced["traceEvents"] if event.get("cat") == "kernel" and LOSS in event["name"]]
-    assert len(losses) > 1, "a trace of fewer than two losses"
+    assert len(losses) == record["timing"]["steps"], f"{len(losses)} losses of {record['timing']['steps']} steps"
     return (len(losses) - 1) * record["case"]["recipe"]["batch_size"] / (1e-6 * (max(losses) - min(losses)))
 
 
@@ -227,16 +232,16 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=list(PARTS))
     parser.add_argument("--folder", type=Path, default=Path("results/local/trust"))
     options = parser.parse_args()
-    series = Series(options.folder.absolute())
+    here = machine.describe()
+    series = Series(options.folder.absolute() / here["slug"])  # records of one machine alone
     for part in options.parts:
         rows = []
         for row in PARTS[part](series):
             print(*row, sep="  ", flush=True)
             rows.append(row)
-        here = machine.describe()
         on = f"{here['gpu'] or here['cpu']}, torch {here['versions']['torch']}"
-        (series.folder / f"{part}.json").write_text(json.dumps({"on": on, "rows": rows}))
-    return write_page(series.folder)
+        (options.folder / f"{part}.json").write_text(json.dumps({"on": on, "rows": rows}))
+    return write_page(options.folder)
 
 
 def write_page(folder: Path) -> int:
