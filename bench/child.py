@@ -123,14 +123,7 @@ def run(order: Order, emit: Emit) -> None:
         emit(section="timing", value={"steady": steady})
         return emit(section="memory", value=memory | {"limit_mib": tuning.memory_limit_mib})
 
-    network.to(device)
-    if tuning.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-    if tuning.kernels:
-        fuse(network, DTYPES[tuning.precision])
-        # Sums over half a million pixels, as patches have them, are to be made in 32 bits, as cuDNN's are.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    prepare(network, tuning, device)
     loader = train_loader()
     eval_loader = make_loader(workload, eval_set, tuning, device, train=False, seed=case.seed, into=eval_place)
     step, players = make_step(workload, network, tuning, device, loader.batches_per_epoch * workload.recipe.epochs)
@@ -230,6 +223,18 @@ def build(workload: Workload, classes: int) -> tuple[Workload, nn.Module]:
             workload = replace(workload, target=None, weights="random")
         return workload, workload.network(classes, imagenet)
     return workload, workload.network(classes) if workload.objective == "classify" else workload.network()
+
+
+def prepare(network: nn.Module, tuning: Tuning, device: torch.device) -> None:
+    """Brings `network` to the device, in the layout and with the kernels of the tuning."""
+    network.to(device)
+    if tuning.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    if tuning.kernels:
+        fuse(network, DTYPES[tuning.precision])
+        # Sums over half a million pixels, as patches have them, are to be made in 32 bits, as cuDNN's are.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def make_loader(

@@ -69,6 +69,8 @@ def _replacement(conv: Convolution, behind: list[nn.Module], dtype: torch.dtype)
     convolve = partial(patches.conv if by_patches else F.conv2d, stride=stride, padding=padding)
     if activation is not None and conv.bias is not None and len(behind) > 1 and _is_halving(behind[1]):
         return partial(_pooled, convolve=convolve, activation=activation), 2
+    if behind and _is_halving(behind[0]):
+        return partial(_pooled, convolve=convolve, activation=None), 1
     if activation is not None and conv.bias is not None and by_patches and first_layer.takes(conv.weight):
         return partial(_first, dtype=dtype, stride=stride, padding=padding, activation=activation), 1
     return (convolve, 0) if by_patches else None
@@ -80,7 +82,7 @@ def _first(images: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
 
 
 def _pooled(
-    images: Tensor, weight: Tensor, bias: Tensor | None, convolve: Callable[..., Tensor], activation: Activation
+    images: Tensor, weight: Tensor, bias: Tensor | None, convolve: Callable[..., Tensor], activation: Activation | None
 ) -> Tensor:
     return pooled_activation(convolve(images, weight, None), bias, activation)
 

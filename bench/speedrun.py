@@ -48,15 +48,15 @@ class Speedrun:
         assert isinstance(recipe, OpenRecipe)
         if tuning.loader != "dali" or setting.train_set.images is None:
             raise UserError(f"the open division is fed by DALI, from arrays; --tuning {tuning.name} is not")
-        self._network = setting.network.to(device)
-        if tuning.channels_last:
-            self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        self._network = setting.network
+        child.prepare(self._network, tuning, device)
         batches, _ = count_epoch(len(setting.train_set), recipe.batch_size, train=True)
         self.steps_at_once = 1 if setting.place is None else setting.place.batches
         self._side = setting.train_set.images.shape[1]
         sides = recipe.sides or ((self._side, float(recipe.epochs)),)
         self._plan = [side for side, epochs in sides for _ in range(round(epochs * batches / self.steps_at_once))]
         self.steps = len(self._plan) * self.steps_at_once
+        self._scale = torch.compile(scale, fullgraph=True, dynamic=False) if tuning.compile else scale
         self._small: dict[int, Tensor] = {}  # where images of other sides come: a captured step reads one place
         self._step, self._players = make_step(workload, self._network, tuning, device, self.steps)
         self._eval_loader = child.make_loader(
@@ -143,10 +143,11 @@ class Speedrun:
         """Images [B, C, side, side], always at the same place."""
         if side == self._side:
             return images
-        scaled = F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
         if side not in self._small:
-            self._small[side] = torch.empty_like(scaled, memory_format=torch.channels_last)
-        return self._small[side].copy_(scaled)
+            small = images.new_empty(*images.shape[:2], side, side)
+            self._small[side] = small.contiguous(memory_format=torch.channels_last)
+        self._scale(images, self._small[side])
+        return self._small[side]
 
     @torch.no_grad()
     def _evaluate(self) -> float:
@@ -158,6 +159,11 @@ class Speedrun:
             right += self._are_right(batch.images, batch.labels)[: batch.valid].sum()
             images += batch.valid
         return 100.0 * right.item() / images
+
+
+def scale(images: Tensor, small: Tensor) -> None:
+    """Images [B, C, H, W] to the size of `small` [B, C, h, w], which takes them."""
+    small.copy_(F.interpolate(images, small.shape[2:], mode="bilinear", align_corners=False))
 
 
 def endless(loader: Loader) -> Iterator[Batch]:

@@ -281,7 +281,7 @@ def resnet50_transfer() -> Workload:
 def mnist_99() -> Workload:
     """MNIST to 99.0 %, open."""
     recipe = OpenRecipe(
-        batch_size=256, epochs=2, optimizer="adam", learning_rate=0.01, momentum=0.7, schedule="one-cycle"
+        batch_size=192, epochs=1, optimizer="adam", learning_rate=0.01, momentum=0.7, schedule="one-cycle"
     )
     return Workload(
         name="mnist-99",
@@ -303,8 +303,8 @@ def cifar10_94() -> Workload:
     """CIFAR-10 to 94 %, open."""
     recipe = OpenRecipe(
         batch_size=1536,
-        epochs=9,
-        sides=((24, 3), (28, 3), (32, 3)),
+        epochs=10,
+        sides=((24, 3), (28, 3), (32, 4)),
         optimizer="muon",
         learning_rate=0.24,
         momentum=0.65,
@@ -339,13 +339,13 @@ def cifar100_70() -> Workload:
     """CIFAR-100, fine labels, to 70 %, open; without further views of test images."""
     recipe = OpenRecipe(
         batch_size=1024,
-        epochs=7,
-        sides=((20, 1), (24, 2.5), (32, 3.5)),
+        epochs=5,
+        sides=((20, 1), (24, 2), (32, 2)),
         optimizer="muon",
         learning_rate=0.18,
         momentum=0.6,
         head_rate=1.38,
-        bias_rate=1.38,
+        bias_rate=64.0,
         plain_momentum=0.9,
         weight_decay=5e-4,
         schedule="up-down",

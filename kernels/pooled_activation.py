@@ -20,22 +20,22 @@ from torch import Tensor
 Activation = Literal["relu", "elu"]
 
 
-def pooled_activation_reference(images: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    """The same, one operation after the other. bias: [C]; None: zero."""
+def pooled_activation_reference(images: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
+    """The same, one operation after the other. bias: [C]; None: zero. activation: None is no more than pooling."""
     biased = images if bias is None else images + bias.to(images.dtype)[:, None, None]
-    return F.max_pool2d(F.relu(biased) if activation == "relu" else F.elu(biased), 2)
+    return F.max_pool2d(_activated(biased, activation), 2)
 
 
-def pooled_activation(images: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+def pooled_activation(images: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
     """`pooled_activation_reference` (see there) in one pass each way. The first of equal pixels gets the gradient."""
-    if activation not in ("relu", "elu"):
-        raise ValueError(f"activation is {activation!r}, neither relu nor elu")
+    if activation not in ("relu", "elu", None):
+        raise ValueError(f"activation is {activation!r}, neither relu nor elu nor None")
     return _PooledActivation.apply(images, bias, activation)
 
 
 class _PooledActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    def forward(ctx, images: Tensor, bias: Tensor | None, activation: Activation | None) -> Tensor:
         height, width = images.shape[2] // 2 * 2, images.shape[3] // 2 * 2
         pixels = [images[:, :, y:height:2, x:width:2] for y in (0, 1) for x in (0, 1)]
         place = _place_of_largest(pixels)
@@ -43,7 +43,7 @@ class _PooledActivation(torch.autograd.Function):
         for number, pixel in enumerate(pixels[1:], 1):
             largest = torch.where(place == number, pixel, largest)
         total = largest if bias is None else largest + bias.to(images.dtype)[:, None, None]
-        pooled = F.relu(total) if activation == "relu" else F.elu(total)
+        pooled = _activated(total, activation)
         ctx.save_for_backward(pooled, place, bias)
         ctx.activation, ctx.shape = activation, images.shape
         return pooled
@@ -52,8 +52,10 @@ class _PooledActivation(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """Written out, so that the gradient of the images is made channels last at once, odd sides too."""
         pooled, place, bias = ctx.saved_tensors
-        slope = 0.0 if ctx.activation == "relu" else pooled + 1
-        passed = torch.where(pooled <= 0, gradient * slope, gradient)
+        passed = gradient
+        if ctx.activation is not None:
+            slope = 0.0 if ctx.activation == "relu" else pooled + 1
+            passed = torch.where(pooled <= 0, gradient * slope, gradient)
         of_bias = None
         if bias is not None:
             of_bias = passed.sum((0, 2, 3), dtype=torch.promote_types(passed.dtype, torch.float32)).to(bias.dtype)
@@ -64,6 +66,12 @@ class _PooledActivation(torch.autograd.Function):
         spread = torch.where(wide_place == number, wide_passed, 0.0)
         whole = spread.reshape(b, height // 2 * 2, width // 2 * 2, c)
         return F.pad(whole, (0, 0, 0, width % 2, 0, height % 2)).permute(0, 3, 1, 2), of_bias, None
+
+
+def _activated(images: Tensor, activation: Activation | None) -> Tensor:
+    if activation is None:
+        return images
+    return F.relu(images) if activation == "relu" else F.elu(images)
 
 
 def _place_of_largest(pixels: list[Tensor]) -> Tensor:

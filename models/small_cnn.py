@@ -4,7 +4,6 @@ After the network of tuomaso's train_mnist_fast (2020), whose sizes are enough f
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -13,12 +12,11 @@ class SmallCnn(nn.Module):
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 24, 5)
-        self.conv2 = nn.Conv2d(24, 32, 3)
-        self.linear1 = nn.Linear(800, 256)
-        self.linear2 = nn.Linear(256, classes)
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(1, 24, 5), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(24, 32, 3), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(800, 256), nn.ReLU(), nn.Linear(256, classes)),
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = F.relu(F.max_pool2d(self.conv1(images), 2))
-        features = F.relu(F.max_pool2d(self.conv2(features), 2))
-        return self.linear2(F.relu(self.linear1(features.flatten(1))))
+        return self.layers(images)

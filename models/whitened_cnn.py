@@ -4,6 +4,8 @@ After the networks of Keller Jordan's airbench (2024), from Page's "How to train
 gains is told there.
 """
 
+from itertools import chain
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,15 +57,18 @@ class Group(nn.Module):
 
     def __init__(self, channels_in: int, channels: int, kernels: tuple[int, ...], between: int) -> None:
         super().__init__()
-        widths = [channels_in, channels, *([between] if len(kernels) == 3 else []), channels]
-        self.convs = nn.ModuleList(map(Conv, widths, widths[1:], kernels))
-        self.norms = nn.ModuleList(map(Norm, widths[1:]))
+        widths = [channels_in, channels, *([between] if len(kernels) == 3 else []), channels][: len(kernels) + 1]
+        first, *further = map(Conv, widths, widths[1:], kernels)
+        norm, *norms = map(Norm, widths[1:])
+        self.first = nn.Sequential(first, nn.MaxPool2d(2), norm, nn.SiLU())
+        layers = [(conv, norm, nn.SiLU()) for conv, norm in zip(further, norms, strict=True)]
+        self.further = nn.Sequential(*chain.from_iterable(layers))
+        self.residual = len(further) == 2
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        first = features = F.silu(self.norms[0](F.max_pool2d(self.convs[0](images), 2)))
-        for conv, norm in zip(self.convs[1:], self.norms[1:], strict=True):
-            features = F.silu(norm(conv(features)))
-        return first + features if len(self.convs) == 3 else features
+        first = self.first(images)
+        further = self.further(first)
+        return first + further if self.residual else further
 
 
 class Conv(nn.Conv2d):

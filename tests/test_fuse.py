@@ -16,6 +16,8 @@ from netdyno.models.cifar100_cnn import Cifar100Cnn
 from netdyno.models.conv_autoencoder import ConvAutoencoder
 from netdyno.models.dcgan import Dcgan
 from netdyno.models.mnist_cnn import MnistCnn
+from netdyno.models.small_cnn import SmallCnn
+from netdyno.models.whitened_cnn import PAIRS, WhitenedCnn
 
 NETWORKS = [
     (MnistCnn, (1, 28, 28), [0, 5]),
@@ -24,6 +26,8 @@ NETWORKS = [
     (ConvAutoencoder, (3, 32, 32), [0, 2, 4, 6]),
     (lambda: Dcgan(width=8).discriminator, (3, 64, 64), [0]),
     (lambda: Dcgan(width=8).generator, (100,), [11]),
+    (SmallCnn, (1, 28, 28), [0, 3]),
+    (lambda: WhitenedCnn(10, PAIRS), (3, 24, 24), [0, 0, 0]),
 ]
 
 
@@ -53,7 +57,7 @@ def test_a_fused_network_computes_and_learns_the_same(
         torch.manual_seed(1)  # dropout
         out = network(images)
         (out * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)).sum().backward()
-        found.append([out.detach(), *(parameter.grad for parameter in network.parameters())])
+        found.append([out.detach(), *(one.grad for one in network.parameters() if one.requires_grad)])
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected)
 
@@ -70,6 +74,7 @@ def test_a_fused_network_computes_and_learns_the_same(
         [nn.Conv2d(3, 33, 3, stride=(1, 2)), nn.ReLU()],
         [nn.Conv2d(3, 33, (3, 5)), nn.ReLU()],
         [nn.Conv2d(8, 32, 3, bias=False), nn.ReLU(), nn.MaxPool2d(2)],
+        [nn.Conv2d(32, 32, 3), nn.MaxPool2d(3)],
         [nn.Conv2d(32, 32, 3), nn.ReLU(), nn.MaxPool2d(3)],
         [nn.Conv2d(32, 32, 3), nn.ReLU(), nn.MaxPool2d(2, stride=1)],
         [nn.ConvTranspose2d(32, 32, 3), nn.ReLU(), nn.MaxPool2d(2)],

@@ -9,10 +9,10 @@ from torch import Tensor
 from netdyno.kernels.pooled_activation import Activation, pooled_activation, pooled_activation_reference
 
 SHAPES = [(2, 3, 8, 8), (1, 5, 9, 6), (3, 1, 2, 7), (2, 16, 11, 11)]  # even and odd sides
-ACTIVATIONS: tuple[Activation, ...] = ("relu", "elu")
+ACTIVATIONS: tuple[Activation | None, ...] = ("relu", "elu", None)
 
 
-def gradients(function, images: Tensor, bias: Tensor | None, activation: Activation) -> list[Tensor | None]:
+def gradients(function, images: Tensor, bias: Tensor | None, activation: Activation | None) -> list[Tensor | None]:
     """The result, and the gradients of a weighted sum of it."""
     images = images.clone().requires_grad_()
     bias = None if bias is None else bias.clone().requires_grad_()
@@ -78,5 +78,5 @@ def test_what_is_no_number_is_not_hidden(place: tuple[int, int]) -> None:
 
 
 def test_other_activations_are_refused() -> None:
-    with pytest.raises(ValueError, match="'tanh', neither relu nor elu"):
+    with pytest.raises(ValueError, match="'tanh', neither relu nor elu nor None"):
         pooled_activation(torch.ones(1, 1, 2, 2), None, "tanh")
