@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from . import cli_doctor, cli_project, cli_regress, cli_report
+from . import cli_doctor, cli_fleet, cli_project, cli_regress, cli_report
 from . import table as tables
 from .errors import UserError
 from .progress import bars, outcome, show
@@ -455,6 +455,7 @@ cli_regress.register(app)  # compare, gate, baseline update, ab, bisect, history
 cli_report.register(app)  # report, pack, merge, import-benchmarks
 cli_doctor.register(app)  # doctor
 cli_project.register(app)  # project
+cli_fleet.register(app)  # fleet plan
 
 
 def say(line: str, style: str | None = None) -> None:

@@ -42,6 +42,7 @@ data list --data
 data fetch [NAME]... --data
 data verify [NAME]... --data
 baseline update NEW --results --drop
+fleet plan --accelerators --out
 """
 
 
@@ -132,7 +133,7 @@ def test_no_new_commands_or_options() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [*re.findall(r"^[a-z-]+(?: [a-z]+)*", COMMAND_LINE, re.MULTILINE), "", "data", "baseline"]
+    "command", [*re.findall(r"^[a-z-]+(?: [a-z]+)*", COMMAND_LINE, re.MULTILINE), "", "data", "baseline", "fleet"]
 )
 def test_help_is_readable(netdyno: Any, command: str) -> None:
     ended = netdyno(*command.split(), "--help")
@@ -516,6 +517,18 @@ def test_cards_that_differ_are_no_machine(netdyno: Any, runs: Runs, cards: dict[
     assert told == "netdyno: --parallel needs cards of one kind; choose with CUDA_VISIBLE_DEVICES: L4, Tesla T4"
     assert runs.cases == []
     assert not [*Path("results").rglob("*")]
+
+
+def test_fleet_plan(netdyno: Any) -> None:
+    ended = netdyno("fleet", "plan", "--accelerators", "T4,L4", "--out", "some/place")
+    assert (ended.code or 0, ended.err) == (0, "")
+    assert sorted(path.name for path in Path("some/place").iterdir()) == [
+        *("l4.sky.yaml", "sky.sh", "slurm.py", "t4.sky.yaml")
+    ]
+    assert ended.out.startswith("4 files in some/place. ")
+    assert str(tuple(names())) in Path("some/place/slurm.py").read_text()
+    assert "'K80'" in complaint(netdyno("fleet", "plan", "--accelerators", "T4,K80", "--out", "other"))
+    assert not Path("other").exists()
 
 
 # what is found before anything runs
