@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from contextlib import closing
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from . import cli_doctor, cli_project, cli_regress, cli_report
+from . import cli_doctor, cli_fleet, cli_project, cli_regress, cli_report
 from . import table as tables
 from .errors import UserError
-from .progress import outcome, show
+from .progress import bars, outcome, show
 from .record import Record, check_writable, code_hash, path_of, save_machine
 from .schema import read_all
 from .tuning import LADDER
@@ -151,6 +152,9 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip cases that the results folder holds already, from the same code.")
     ] = False,
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="One case on each visible GPU at a time; records say what ran beside.")
+    ] = False,
     results: ResultsOption = Path("results"),
     data: DataOption = None,
     trace: Annotated[
@@ -167,6 +171,8 @@ def run(
     """Train workloads and record what was measured."""
     from . import inflight, machine, runner
     from .data.dali import import_dali
+    from .gpu import Gpu
+    from .parallel import spread
     from .tuning import TUNINGS
     from .workloads import Case, find, names, resolve
 
@@ -205,10 +211,17 @@ def run(
         raise UserError(
             "--find-batch-size needs a CUDA GPU: nothing ends a CPU's memory before the machine stands still"
         )
+    if parallel and find_batch_size:
+        raise UserError("--find-batch-size looks at one card: leave --parallel out")
+    cards = Gpu.cards() if parallel else {}
+    if len(kinds := sorted({*cards.values()})) > 1:
+        raise UserError(f"--parallel needs cards of one kind; choose with CUDA_VISIBLE_DEVICES: {', '.join(kinds)}")
     if any(TUNINGS[name](None).loader == "dali" for name in tunings):
         import_dali()  # a missing DALI ends the command here, not case by case
     save_machine(here, results)
     say(f"machine  {here['slug']}")
+    if parallel:
+        say(f"cards    {len(cards)}: " + ("a case on each" if len(cards) > 1 else "one case after the other"))
     for cut_off in inflight.sweep(results / here["slug"]):
         say(f"         an earlier run was cut off: {path_of(cut_off, results)} says killed")
     root = root_of(data)
@@ -223,17 +236,32 @@ def run(
         done = held(found, here, hashes)
     records: list[Record] = []
     user_errors = False
+    waiting = []
     for number, case in enumerate(cases, 1):
         if done[case] > 0:
             done[case] -= 1
             say(f"[{number}/{len(cases)}] {case}: already recorded")
-            continue
-        say(f"[{number}/{len(cases)}] {case}")
-        with show(console) as listen:
-            record = runner.run(case, data=root, results=results, machine=here, listen=listen, trace=trace)
-        say(f"  {outcome(record)}", style=None if record["status"] == "ok" else "red")
+        else:
+            waiting.append((number, case))
+
+    def measure(number: int, case: Case, post: runner.Post | None = None) -> None:
+        nonlocal user_errors
+        name = f"[{number}/{len(cases)}] {case}"
+        card = f"card {post.number}" if post else ""
+        say(f"{name}: {card}" if post else name)
+        with closing(listener(card)) as listen:
+            record = runner.run(case, data=root, results=results, machine=here, listen=listen, trace=trace, post=post)
+        end = f"{name}: {outcome(record)}" if post else f"  {outcome(record)}"
+        say(end, style=None if record["status"] == "ok" else "red")
         user_errors |= listen.user_error
         records.append(record)
+
+    with bars(console) as listener:
+        if len(cards) > 1:
+            spread(waiting, [*cards], measure)
+        else:
+            for number, case in waiting:
+                measure(number, case)
     if records:
         console.print(*tables.to_rich(records), sep="\n")
         say(f"{len(records)} {'record' if len(records) == 1 else 'records'} written to {results / here['slug']}")
@@ -427,6 +455,7 @@ cli_regress.register(app)  # compare, gate, baseline update, ab, bisect, history
 cli_report.register(app)  # report, pack, merge, import-benchmarks
 cli_doctor.register(app)  # doctor
 cli_project.register(app)  # project
+cli_fleet.register(app)  # fleet plan
 
 
 def say(line: str, style: str | None = None) -> None:

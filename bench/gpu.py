@@ -53,25 +53,36 @@ class Gpu:
 
     @staticmethod
     @contextmanager
-    def open() -> Iterator["Gpu | None"]:
-        """The first GPU that CUDA_VISIBLE_DEVICES leaves visible; None where there is no driver or no GPU."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import pynvml
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError:
-            yield None
-            return
-        try:
-            yield Gpu._visible(pynvml)
-        finally:
-            pynvml.nvmlShutdown()
+    def open(card: str | None = None) -> Iterator["Gpu | None"]:
+        """The GPU that `card` names; without one the first that CUDA_VISIBLE_DEVICES leaves visible.
+
+        None where there is no driver or no such GPU.
+        """
+        with _nvml() as nvml:
+            visible = card or os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+            yield nvml and Gpu._named(nvml, visible)
 
     @staticmethod
-    def _visible(nvml: Any) -> "Gpu | None":
+    def cards() -> dict[str, str]:
+        """The name of each GPU that CUDA_VISIBLE_DEVICES leaves visible, by its UUID, in that order; {} without any.
+
+        By UUID, since CUDA and NVML may count the cards of a machine in different orders.
+        """
+        found: dict[str, str] = {}
+        with _nvml() as nvml:
+            if nvml is None:
+                return found
+            every = ",".join(map(str, range(nvml.nvmlDeviceGetCount())))
+            for visible in os.environ.get("CUDA_VISIBLE_DEVICES", every).split(","):
+                gpu = Gpu._named(nvml, visible.strip())
+                if gpu is None:  # for CUDA the list ends here
+                    break
+                found[nvml.nvmlDeviceGetUUID(gpu._handle)] = gpu.name
+        return found
+
+    @staticmethod
+    def _named(nvml: Any, visible: str) -> "Gpu | None":
         """The GPU that CUDA would use: named by number, by UUID or the beginning of one, or as a MIG slice."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
         try:
             if visible.isdigit():
                 return Gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(int(visible)))
@@ -140,6 +151,23 @@ class Gpu:
             return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
         except self._nvml.NVMLError:
             return None
+
+
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    """NVML while the block lasts; None where there is no driver."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pynvml
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
 
 
 class Border(NamedTuple):

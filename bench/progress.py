@@ -1,7 +1,8 @@
-"""What a person sees of a running case: a bar in a terminal, a line an epoch elsewhere; and how it ended."""
+"""What a person sees of running cases: a bar each in a terminal, a line an epoch elsewhere; and how they ended."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import fmean
 from time import perf_counter
 from typing import Any
@@ -21,11 +22,11 @@ class Rate(ProgressColumn):
 
 
 class Listener:
-    """Takes a child's events; a bar in a terminal, else lines."""
+    """Takes a child's events; a bar in a terminal, else lines. `name` leads them, where several cases run at once."""
 
-    def __init__(self, console: Console, bar: Progress) -> None:
-        self._console, self._bar = console, bar
-        self._task = bar.add_task("start", total=None, note="")
+    def __init__(self, console: Console, bar: Progress, name: str = "") -> None:
+        self._console, self._bar, self._name = console, bar, f"{name}  " if name else ""
+        self._task = bar.add_task(f"{self._name}start", total=None, note="")
         self._epochs = self._steps = 0
         self._each = "epoch"
         self._start = perf_counter()
@@ -37,12 +38,13 @@ class Listener:
             self._epochs, self._steps = event.get("epochs", 0), event.get("steps_per_epoch", 0)
             self._each = event.get("each", "epoch")
             total = self._epochs * self._steps or None
-            self._bar.update(self._task, description=event["stage"], total=total, completed=0, note="")
+            stage = f"{self._name}{event['stage']}"
+            self._bar.update(self._task, description=stage, total=total, completed=0, note="")
         if "progress" in event:
             self._progress(**event["progress"])
 
     def _progress(self, epoch: int, step: int, loss: float | None = None, metric: float | None = None) -> None:
-        where = f"{self._each} {epoch}/{self._epochs}"
+        where = f"{self._name}{self._each} {epoch}/{self._epochs}"
         note = "" if loss is None else f"loss {loss:.4g}"
         if metric is not None:
             note += f"  metric {metric:.2f}"
@@ -50,12 +52,16 @@ class Listener:
                 line = f"  {where}  {note}  after {perf_counter() - self._start:.0f} s"
                 self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         done = (epoch - 1) * self._steps + step
-        self._bar.update(self._task, description=where, completed=done, note=note)
+        self._bar.update(self._task, description=where, completed=done, note="" if self._name else note)
+
+    def close(self) -> None:
+        """Takes its bar away."""
+        self._bar.remove_task(self._task)
 
 
 @contextmanager
-def show(console: Console) -> Iterator[Listener]:
-    """Shows one case while it runs, in 80 columns; yields what takes the child's events."""
+def bars(console: Console) -> Iterator[Callable[[str], Listener]]:
+    """Shows cases while they run, in 80 columns; yields what makes a listener for one of them, by its name."""
     columns = (
         TextColumn("  {task.description}", markup=False),
         BarColumn(bar_width=10),
@@ -65,7 +71,14 @@ def show(console: Console) -> Iterator[Listener]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield Listener(console, bar)
+        yield partial(Listener, console, bar)
+
+
+@contextmanager
+def show(console: Console) -> Iterator[Listener]:
+    """Shows one case while it runs; yields what takes the child's events."""
+    with bars(console) as listener:
+        yield listener("")
 
 
 def outcome(record: Record) -> str:

@@ -22,7 +22,8 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
                 power_w_mean, temperature_c_mean, temperature_c_max, utilisation_pct_mean, throttle_share (of the
                 readings, by reason), energy_j, energy_source (counter or sampled), energy_sampled_j,
                 other_processes (the most at once), readings, failed_readings (all in the timed region, without what
-                the card does not tell; when energy can be told stands in bench/gpu.py)
+                the card does not tell; when energy can be told stands in bench/gpu.py); where cases ran on several
+                cards at once, card (its number) and beside (each case that ran meanwhile, and on which card)
     roofline    flop_per_s, bytes_per_s, ceiling_flop_per_s, ceiling_bytes_per_s, share (of the images/s that the
                 ceilings allow; counted in bench/roofline.py, the ceilings measured by netdyno doctor)
     code

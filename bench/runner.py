@@ -6,6 +6,7 @@ with an empty compiler cache, for the cold start alone, then the measured one, w
 the record.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,9 +18,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,25 @@ Event = dict[str, Any]
 Listen = Callable[[Event], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Post:
+    """Where a case runs while others run on other cards of the machine."""
+
+    number: int  # of the card, among those that are visible
+    card: str  # as CUDA_VISIBLE_DEVICES names it
+    beside: list[str]  # each case that runs meanwhile, and on which card; grows until this one ends
+    stop: threading.Event  # ends the case as Ctrl-C does, of which only the main thread hears
+
+
 def run(
-    case: Case, *, data: Path, results: Path, machine: dict[str, Any], listen: Listen, trace: bool = False
+    case: Case,
+    *,
+    data: Path,
+    results: Path,
+    machine: dict[str, Any],
+    listen: Listen,
+    trace: bool = False,
+    post: Post | None = None,
 ) -> Record:
     """Runs `case` and writes its record, and its pictures and trace beside it, below `results`.
 
@@ -66,6 +84,7 @@ def run(
         machine: the record's `machine`, from `machine.describe()`.
         listen: is called with each event of the child (see `bench/child.py`).
         trace: writes a profiler trace of a few steps after the measured ones.
+        post: the card, where others run cases meanwhile; None: the first that is visible.
 
     Raises:
         UserError: the record cannot be written; where the disk had room for its mark, the next start makes one of that.
@@ -85,13 +104,17 @@ def run(
         interrupted = False
         try:
             if cache is not None and case.mode != "loader" and read_cold_start(cache, record["code"]) is None:
-                measure_cold_start(order, cache, record["code"], listen)
-            watch(order, record, cache, listen)
+                with filling(cache):
+                    if read_cold_start(cache, record["code"]) is None:  # still, after others have been waited for
+                        measure_cold_start(order, cache, record["code"], listen, post)
+            watch(order, record, cache, listen, post)
         except KeyboardInterrupt:
             interrupted = True
             record |= {"status": "killed", "reason": "interrupted"}
         if cache is not None and record["compile"] is not None:
             record["compile"] = (read_cold_start(cache, record["code"]) or {}) | record["compile"]
+        if post is not None:
+            record["gpu"] = (record["gpu"] or {}) | {"card": post.number, "beside": list(dict.fromkeys(post.beside))}
         record["roofline"] = achieved(record, load_ceilings(machine, results))
         keep_files(record, results, scratch)
         save(record, results)
@@ -134,26 +157,39 @@ def read_cold_start(cache: Path, code: str) -> dict[str, float] | None:
     return kept["compile"] if kept.get("code") == code else None
 
 
-def measure_cold_start(order: Order, cache: Path, code: str, listen: Listen) -> None:
+@contextmanager
+def filling(cache: Path) -> Iterator[None]:
+    """Waits while another case, of this run or another, measures the cold start that fills `cache`."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with cache.with_name(f"{cache.name}.lock").open("w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measure_cold_start(order: Order, cache: Path, code: str, listen: Listen, post: Post | None) -> None:
     """Compiles with an empty cache in a child of its own and keeps the times beside the cache that it filled.
 
     A failure is not kept: the measured child meets it again and its record tells of it.
     """
     shutil.rmtree(cache, ignore_errors=True)
     cold: Record = {"compile": {}}
-    watch(replace(order, compile_only=True, trace=None), cold, cache, listen)
+    watch(replace(order, compile_only=True, trace=None), cold, cache, listen, post)
     if cold.get("status") == "ok":
         write_atomically(cache / COLD, json.dumps({"code": code, "compile": cold["compile"]}).encode())
 
 
-def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> None:
+def watch(order: Order, record: Record, cache: Path | None, listen: Listen, post: Post | None = None) -> None:
     """Starts a child, follows it to its end and puts what it says, and how it ended, into `record`."""
     environment = child_environment()
     if len(os.fsencode(order.pictures)) <= LONGEST_TMPDIR:
         environment["TMPDIR"] = str(order.pictures)  # what its workers leave goes with it
     if cache is not None:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, Gpu.open() as gpu:
+    card = post.card if post else None
+    if card is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = card
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, Gpu.open(card) as gpu:
         child = subprocess.Popen(
             CHILD,
             stdin=subprocess.PIPE,  # open until the end: it closes with this process, and then the child ends itself
@@ -171,7 +207,7 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> N
                 print(replace(order, started=time.time()).to_json(), file=child.stdin, flush=True)
             with Sampler(gpu, child.pid) as sampler:
                 try:
-                    strange = follow(child, record, sampler, listen)
+                    strange = follow(child, record, sampler, listen, post)
                 except TimeoutError:
                     record |= {"status": "timeout", "reason": f"no word from the child for {STALL_S:.0f} s"}
                     child.send_signal(signal.SIGABRT)  # faulthandler writes where each of its threads is
@@ -203,10 +239,13 @@ def judge(code: int, said: str, strange: str | None, *, measured: bool) -> Recor
     return {"status": "ok", "reason": None}
 
 
-def follow(child: subprocess.Popen[str], record: Record, sampler: Sampler, listen: Listen) -> str | None:
+def follow(
+    child: subprocess.Popen[str], record: Record, sampler: Sampler, listen: Listen, post: Post | None
+) -> str | None:
     """Merges the child's events into `record` until it ends; TimeoutError when it falls silent.
 
-    Returns the first line that is no event, if there was one: the others count all the same.
+    Returns the first line that is no event, if there was one: the others count all the same. KeyboardInterrupt where
+    the post says stop.
     """
     lines: queue.Queue[str | None] = queue.Queue()
 
@@ -222,6 +261,8 @@ def follow(child: subprocess.Popen[str], record: Record, sampler: Sampler, liste
     heard = time.monotonic()
     while True:
         gone = child.poll() is not None
+        if post is not None and post.stop.is_set():
+            raise KeyboardInterrupt
         try:
             line = lines.get(timeout=POLL_S)
         except queue.Empty:

@@ -24,6 +24,7 @@ LARGEST_NUMBER = 1e18
 LONGEST_TEXT = 1_000
 MOST_EPOCHS = 10_000
 MOST_SEEDS = 1_000
+MOST_BESIDE = 1_000
 DEEPEST = 6
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")  # what becomes part of a file's path
 PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\.[0-9]{1,6}\.webp")
@@ -374,7 +375,8 @@ RECORD = _object(
                     ),
                     "energy_source": _or_null(_fits(ENERGY_SOURCE, "source of an energy")),
                     "throttle_share": _or_null(_table(_or_null(_share))),
-                    **dict.fromkeys(("other_processes", "readings", "failed_readings"), _or_null(_count)),
+                    **dict.fromkeys(("other_processes", "readings", "failed_readings", "card"), _or_null(_count)),
+                    "beside": _or_null(_each(_text, MOST_BESIDE)),
                 }
             )
         ),

@@ -229,6 +229,10 @@ def doubts(record: Record) -> list[Doubt]:
     if others > 0:
         plural = "" if others == 1 else "es"
         found.append(Doubt("shared", others, f"beside {others:,.0f} other process{plural} on the card"))
+    beside = at(record, "gpu", "beside")
+    if isinstance(beside, list) and beside:
+        plural = "" if len(beside) == 1 else "s"
+        found.append(Doubt("beside", len(beside), f"beside {len(beside):,} case{plural} on other cards"))
     if _number(record, "gpu", "readings") == 0:
         found.append(Doubt("unread", 1, "too short for a reading of the card's clocks"))
     shares = _mapping(record, "gpu", "throttle_share")

@@ -16,6 +16,7 @@ from netdyno.bench import batch_size, cli, machine, runner, table
 from netdyno.bench.batch_size import Found
 from netdyno.bench.data import fetch, prepared, synthetic, weights
 from netdyno.bench.errors import UserError
+from netdyno.bench.gpu import Gpu
 from netdyno.bench.record import load_all, new_record, save, save_ceilings
 from netdyno.bench.tuning import LADDER
 from netdyno.bench.workloads import Case, describe, find, names, resolve
@@ -23,7 +24,8 @@ from netdyno.bench.workloads import Case, describe, find, names, resolve
 # A new option is a decision: settings of a case belong into bench/workloads.py and bench/tuning.py.
 COMMAND_LINE = """
 list
-run [WORKLOAD]... --suite --tuning --mode --seed --seeds --repeats --resume --results --data --trace --find-batch-size
+run [WORKLOAD]... --suite --tuning --mode --seed --seeds --repeats --resume --parallel --results --data --trace \
+--find-batch-size
 table --results --format
 compare OLD NEW --results
 gate NEW --results --json --junit --markdown
@@ -40,6 +42,7 @@ data list --data
 data fetch [NAME]... --data
 data verify [NAME]... --data
 baseline update NEW --results --drop
+fleet plan --accelerators --out
 """
 
 
@@ -130,7 +133,7 @@ def test_no_new_commands_or_options() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [*re.findall(r"^[a-z-]+(?: [a-z]+)*", COMMAND_LINE, re.MULTILINE), "", "data", "baseline"]
+    "command", [*re.findall(r"^[a-z-]+(?: [a-z]+)*", COMMAND_LINE, re.MULTILINE), "", "data", "baseline", "fleet"]
 )
 def test_help_is_readable(netdyno: Any, command: str) -> None:
     ended = netdyno(*command.split(), "--help")
@@ -339,6 +342,7 @@ def test_the_largest_batch_of_each_case(
 ) -> None:
     assert "--find-batch-size needs a CUDA GPU" in netdyno("run", "mnist-cnn", "--find-batch-size").err
     monkeypatch.setattr(machine, "describe", lambda: {"slug": "a-card", "gpu": "a card", "versions": {}})
+    assert "leave --parallel out" in netdyno("run", "mnist-cnn", "--parallel", "--find-batch-size").err
     loads = netdyno("run", "mnist-cnn", "--mode", "loader", "--find-batch-size")
     assert (loads.code, len(loads.err.splitlines())) == (2, 1)
     assert "leave one of them out" in loads.err
@@ -461,6 +465,70 @@ def test_resume_beside_records_that_lack_things(netdyno: Any, runs: Runs) -> Non
     save(made, Path("results"))
     assert not netdyno("run", "mnist-cnn", "--tuning", "eager", "--resume").code
     assert len(runs.cases) == 1
+
+
+@pytest.fixture
+def cards(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The visible GPUs, their names by their UUIDs."""
+    found = {"GPU-a": "Tesla T4", "GPU-b": "Tesla T4"}
+    monkeypatch.setattr(Gpu, "cards", lambda: found)
+    return found
+
+
+def test_cases_on_two_cards(netdyno: Any, runs: Runs, cards: dict[str, str]) -> None:
+    runs.ends["cifar10-cnn"] = {"status": "oom", "reason": "full"}
+    command = ["run", "mnist-cnn", "cifar10-cnn", "--tuning", "eager", "--repeats", "2", "--resume", "--parallel"]
+    ended = netdyno(*command)
+    assert (ended.code, ended.err) == (1, "")
+    assert [case.workload for case in runs.cases].count("mnist-cnn") == 2
+    posts = [call["post"] for call in runs.calls]
+    assert {(post.number, post.card) for post in posts} <= {(0, "GPU-a"), (1, "GPU-b")}
+    lines = ended.out.splitlines()
+    assert lines[1] == "cards    2: a case on each"
+    for number, line in enumerate(["mnist-cnn"] * 2 + ["cifar10-cnn"] * 2, 1):
+        name = f"[{number}/4] {line} eager e2e seed 0"
+        end = "1,000 images/s, test accuracy 99.10 %" if line == "mnist-cnn" else "oom: full"
+        begun = next(at for at, said in enumerate(lines) if re.fullmatch(rf"{re.escape(name)}: card [01]", said))
+        assert lines.index(f"{name}: {end}") > begun
+    assert "4 records written" in ended.out
+    runs.cases.clear()
+    runs.ends.clear()
+
+    ended = netdyno(*command)
+    assert not ended.code
+    assert [case.workload for case in runs.cases] == ["cifar10-cnn"] * 2  # what failed is tried again
+    assert ended.out.count(": already recorded") == 2
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_without_a_second_card_a_run_is_as_usual(netdyno: Any, runs: Runs, cards: dict[str, str], count: int) -> None:
+    while len(cards) > count:
+        cards.popitem()
+    ended = netdyno("run", "mnist-cnn", "--tuning", "eager", "--parallel")
+    assert not ended.code
+    assert runs.calls[0]["post"] is None
+    assert f"cards    {count}: one case after the other\n" in ended.out
+    assert "[1/1] mnist-cnn eager e2e seed 0\n  1,000 images/s" in ended.out
+
+
+def test_cards_that_differ_are_no_machine(netdyno: Any, runs: Runs, cards: dict[str, str]) -> None:
+    cards["GPU-c"] = "L4"
+    told = complaint(netdyno("run", "mnist-cnn", "--tuning", "eager", "--parallel"))
+    assert told == "netdyno: --parallel needs cards of one kind; choose with CUDA_VISIBLE_DEVICES: L4, Tesla T4"
+    assert runs.cases == []
+    assert not [*Path("results").rglob("*")]
+
+
+def test_fleet_plan(netdyno: Any) -> None:
+    ended = netdyno("fleet", "plan", "--accelerators", "T4,L4", "--out", "some/place")
+    assert (ended.code or 0, ended.err) == (0, "")
+    assert sorted(path.name for path in Path("some/place").iterdir()) == [
+        *("l4.sky.yaml", "sky.sh", "slurm.py", "t4.sky.yaml")
+    ]
+    assert ended.out.startswith("4 files in some/place. ")
+    assert str(tuple(names())) in Path("some/place/slurm.py").read_text()
+    assert "'K80'" in complaint(netdyno("fleet", "plan", "--accelerators", "T4,K80", "--out", "other"))
+    assert not Path("other").exists()
 
 
 # what is found before anything runs

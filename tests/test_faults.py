@@ -24,7 +24,7 @@ from faults import Tell, times
 from made_up_records import make
 from test_prepared import write_mnist
 
-from netdyno.bench import inflight, runner, schema
+from netdyno.bench import gpu, inflight, runner, schema
 from netdyno.bench.errors import UserError
 from netdyno.bench.record import load_all, paths_in, save, write_locked
 from netdyno.bench.workloads import Case
@@ -75,6 +75,8 @@ def play(arguments: list[str], environment: dict[str, str], child: tuple[str, ..
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
     if child is not None:
         runner.CHILD = child
+    if "--parallel" in arguments:
+        gpu.Gpu.cards = staticmethod(lambda: dict.fromkeys(("GPU-a", "GPU-b"), "a card"))  # type: ignore[method-assign]
     sys.argv = ["netdyno", *arguments]
     cli.main()
 
@@ -100,6 +102,7 @@ class Suite:
     folder: Path
     child: tuple[str, ...] | None  # None: the real one
     repeats: int
+    cards: int = 1
     lost: list[str] = field(default_factory=list)
     kills: int = 0
     seen: dict[Path, bytes] = field(default_factory=dict)
@@ -120,6 +123,7 @@ class Suite:
     def start(self, *options: str) -> Any:
         arguments = ["run", "mnist-cnn", "--tuning", "eager", "--repeats", str(self.repeats), *options]
         arguments += ["--results", str(self.results), "--data", str(self.folder.parent / "data")]
+        arguments += ["--parallel"] if self.cards > 1 else []
         environment = {
             "TMPDIR": str(self.temporary),
             "XDG_CACHE_HOME": str(self.folder / "cache"),
@@ -158,7 +162,7 @@ class Suite:
         started = self.ledger.read_text().count("started")
         if ended.count("ok") != self.repeats or set(ended) - {"ok", "killed"}:
             self.lost.append(f"records: {ended}")
-        if self.child is not None and not started <= len(records) <= started + self.kills:
+        if self.child is not None and not started <= len(records) <= started + self.kills * self.cards:
             self.lost.append(f"{len(records)} records of {started} children after {self.kills} kills")
         files = {path for path in self.results.rglob("*") if path.is_file()}
         listed = {
@@ -250,6 +254,24 @@ def test_killed_suites(
 
     def suite(round_: int) -> Suite:
         return Suite(forks=forks, folder=tmp_path / str(round_), child=stand_in, repeats=6)
+
+    lost = kill_suites(suite, kills, number)
+    record_property("tried", kills)
+    record_property("lost", len(lost))
+    assert not lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.fault("a suite on two cards killed at a random moment")
+def test_killed_suites_on_two_cards(
+    forks: Any, tmp_path: Path, stand_in: tuple[str, ...], number: signal.Signals, record_property: Tell
+) -> None:
+    """The cards are two names; what runs on them are stand-ins as in the test above, two at a time."""
+    kills = times(5, 50)
+
+    def suite(round_: int) -> Suite:
+        return Suite(forks=forks, folder=tmp_path / str(round_), child=stand_in, repeats=6, cards=2)
 
     lost = kill_suites(suite, kills, number)
     record_property("tried", kills)

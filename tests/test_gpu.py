@@ -62,7 +62,7 @@ class FakeNvml:
         return f"card {index}"
 
     def nvmlDeviceGetUUID(self, handle: str) -> str:
-        return UUIDS[int(handle[-1])]
+        return SLICE if handle == "slice" else UUIDS[int(handle[-1])]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
         if uuid != SLICE:
@@ -137,6 +137,36 @@ def test_the_first_visible_gpu(
         assert opened is None or opened.driver == "580.1"
         assert nvml.opened == 1
     assert nvml.opened == 0
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        (None, {UUIDS[0]: "card 0", UUIDS[1]: "card 1"}),
+        ("1", {UUIDS[1]: "card 1"}),
+        ("1, 0", {UUIDS[1]: "card 1", UUIDS[0]: "card 0"}),
+        (f"{SLICE},GPU-aa", {SLICE: "slice", UUIDS[0]: "card 0"}),
+        ("1,7,0", {UUIDS[1]: "card 1"}),  # CUDA reads no further than what is not there
+        ("", {}),
+        ("-1", {}),
+    ],
+)
+def test_every_visible_gpu(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, visible: str | None, found: dict[str, str]
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [*Gpu.cards().items()] == [*found.items()]
+    assert nvml.opened == 0
+    for card, name in found.items():
+        with Gpu.open(card) as opened:  # whatever else is visible
+            assert opened is not None
+            assert opened.name == name
+
+
+def test_without_a_driver_there_are_no_cards(nvml: FakeNvml) -> None:
+    nvml.nvmlInit = not_supported  # type: ignore[method-assign]
+    assert Gpu.cards() == {}
 
 
 def test_without_a_driver_there_is_none(nvml: FakeNvml) -> None:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "models", "kernels")
 WITHOUT_TORCH = (
-    *("stats", "table", "record", "schema", "collect", "report.html", "report.markdown", "report.export"),
+    *("stats", "table", "record", "schema", "collect", "fleet", "report.html", "report.markdown", "report.export"),
     *("layers", "roofline", "cards", "project", "projected"),
 )
 

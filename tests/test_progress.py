@@ -5,7 +5,7 @@ import pytest
 from made_up_records import accuracy, make
 from rich.console import Console
 
-from netdyno.bench.progress import outcome, show
+from netdyno.bench.progress import bars, outcome, show
 
 EVENTS: list[dict[str, Any]] = [
     {"stage": "data"},
@@ -80,3 +80,27 @@ def test_outcomes() -> None:
     swd = accuracy([90.0, 22.5], None, metric="SWD", unit="×10³")
     assert outcome(make(1, accuracy=swd)) == "1,000 images/s, SWD 22.50 ×10³"
     assert outcome(make(1, status="oom", reason="too large", throughput=None)) == "oom: too large"
+
+
+def test_cases_at_once_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def both(**options: Any) -> str:
+        file = io.StringIO()
+        with bars(Console(file=file, legacy_windows=False, width=80, **options)) as listener:
+            first, second = listener("card 0"), listener("card 1")
+            for event in EVENTS[:6]:
+                first(event)
+                second(event)
+            first.close()
+            second({"stage": "evaluate"})
+        return file.getvalue()
+
+    assert both().splitlines() == [
+        "  card 0  epoch 1/10  loss 0.5432  metric 97.10  after 0 s",
+        "  card 1  epoch 1/10  loss 0.5432  metric 97.10  after 0 s",
+    ]
+    monkeypatch.setenv("TERM", "xterm")
+    text = both(force_terminal=True, color_system=None)
+    assert "loss" not in text  # its place on the line is the name's
+    last = text.split("\x1b[2K")[-2]
+    assert "  card 1  evaluate " in last
+    assert "card 0" not in last

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from netdyno.bench import runner
 from netdyno.bench.errors import UserError
 from netdyno.bench.order import Order
 from netdyno.bench.record import load, load_all, path_of
-from netdyno.bench.runner import run
+from netdyno.bench.runner import Post, run
+from netdyno.bench.schema import problems
 from netdyno.bench.workloads import Case
 
 MACHINE = {"slug": "some-machine", "gpu": None, "versions": {"torch": "2.11.0"}}
@@ -291,6 +293,7 @@ class FakeGpu:
 
     def __init__(self, used_mib: float | None) -> None:
         self.used_mib = used_mib
+        self.card: str | None = "none was opened"
 
     def process_memory_mib(self, pid: int) -> float | None:
         assert os.getpgid(pid) == pid  # the child leads its own session
@@ -314,7 +317,8 @@ def used(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     fake = FakeGpu(None)
 
     @contextmanager
-    def opened() -> Iterator[FakeGpu]:
+    def opened(card: str | None) -> Iterator[FakeGpu]:
+        fake.card = card
         yield fake
 
     monkeypatch.setattr(runner.Gpu, "open", opened)
@@ -419,6 +423,59 @@ def test_the_loader_alone_compiles_nothing(go: Any, tmp_path: Path) -> None:
     case = Case(workload="mnist-cnn", suite="quick", tuning="tuned", mode="loader")
     record = go("assert not order['compile_only']; measure()", case=case)
     assert (record["status"], record["compile"]) == ("ok", None)
+
+
+# beside other cards
+
+
+def post(**changes: Any) -> Post:
+    return Post(**{"number": 1, "card": "GPU-b", "beside": [], "stop": threading.Event()} | changes)
+
+
+def test_a_case_runs_on_its_own_card_and_its_record_says_beside_what(go: Any, used: FakeGpu) -> None:
+    others = ["dcgan tuned e2e seed 0 on card 0", "mnist-cnn eager e2e seed 0 on card 0"]
+    here = post(beside=[others[0]])
+
+    def listen(event: dict[str, Any]) -> None:
+        here.beside.extend([others[1], others[0]])  # what began meanwhile
+
+    script = "measure(); emit(section='data', value={'name': os.environ['CUDA_VISIBLE_DEVICES']})"
+    record = go(script, listen=listen, post=here)
+    assert record["data"]["name"] == used.card == "GPU-b"
+    assert (record["gpu"]["card"], record["gpu"]["beside"]) == (1, others)
+    assert [*problems(record)] == []
+    assert "beside" not in (go("measure()")["gpu"] or {})
+    assert used.card is None
+
+
+def test_a_case_is_told_to_stop(go: Any, tmp_path: Path) -> None:
+    here = post()
+    pids: list[int] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        if event.get("section") == "data":
+            pids.extend(event["value"]["pids"])
+            here.stop.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        go(SILENT_WITH_A_WORKER, listen=listen, post=here)
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)
+    [record] = load_all(tmp_path / "results")
+    assert (record["status"], record["reason"]) == ("killed", "interrupted")
+    assert record["gpu"] == {"card": 1, "beside": []}
+
+
+def test_cases_that_compile_alike_wait_for_one_cold_start(go: Any, tmp_path: Path) -> None:
+    ledger = tmp_path / "cold starts"
+    script = COMPILES.replace(
+        "    assert not warm\n", f"    assert not warm\n    open({str(ledger)!r}, 'a').write('one'); time.sleep(0.5)\n"
+    )
+    with ThreadPoolExecutor(3) as pool:
+        ran = [pool.submit(go, script, TUNED, post=post()) for _ in range(3)]
+    assert [one.result()["status"] for one in ran] == ["ok"] * 3
+    assert {one.result()["compile"]["cold_s"] for one in ran} == {30.0}
+    assert ledger.read_text() == "one"
 
 
 # files beside the record

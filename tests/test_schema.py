@@ -46,6 +46,9 @@ def test_refuses_a_curve_out_of_order() -> None:
         ({"throttle_share": 0.5}, "gpu.throttle_share is no object"),
         ({"sm_clock_mhz_min": "1980"}, "gpu.sm_clock_mhz_min is no number"),
         ({"readings": 1.5}, "gpu.readings is no whole number"),
+        ({"card": -1}, "gpu.card is negative"),
+        ({"beside": "dcgan"}, "gpu.beside is no list"),
+        ({"beside": [1]}, "gpu.beside[0] is no text"),
     ],
 )
 def test_the_state_of_the_gpu(changes: dict[str, Any], problem: str) -> None:

@@ -1,0 +1,49 @@
+"""Different cases on different cards of one machine at once, without a word between them: `netdyno run --parallel`.
+
+Each card has a thread, which takes the next case when its last one has ended. Every case still runs in a child of its
+own, by `runner.run`.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from .runner import Post
+from .workloads import Case
+
+
+def spread(cases: Iterable[tuple[int, Case]], cards: Sequence[str], run: Callable[[int, Case, Post], None]) -> None:
+    """Calls `run` once for each case, with its number, one at a time on each card; returns when all have ended.
+
+    Ctrl-C, and whatever one `run` raises, keeps cases from starting, tells the running ones by `Post.stop`, and is
+    raised again when they have ended too.
+    """
+    waiting = deque(cases)
+    running: dict[int, tuple[str, list[str]]] = {}  # card → its case, and what runs beside that
+    lock = threading.Lock()
+    stop = threading.Event()
+
+    def serve(card: int) -> None:
+        while not stop.is_set():
+            with lock:
+                if not waiting:
+                    return
+                number, case = waiting.popleft()
+                here = f"{case} on card {card}"
+                beside = [other for other, _ in running.values()]
+                for _, others in running.values():
+                    others.append(here)
+                running[card] = (here, beside)
+            try:
+                run(number, case, Post(number=card, card=cards[card], beside=beside, stop=stop))
+            finally:
+                with lock:
+                    del running[card]
+
+    with ThreadPoolExecutor(len(cards)) as pool:
+        try:
+            for served in as_completed([pool.submit(serve, card) for card in range(len(cards))]):
+                served.result()
+        finally:
+            stop.set()
