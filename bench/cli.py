@@ -172,7 +172,7 @@ def run(
     from . import inflight, machine, runner
     from .data.dali import import_dali
     from .gpu import Gpu
-    from .parallel import spread
+    from .side_by_side import spread
     from .tuning import TUNINGS
     from .workloads import Case, find, names, resolve
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from netdyno.bench.errors import UserError
-from netdyno.bench.parallel import spread
+from netdyno.bench.side_by_side import spread
 from netdyno.bench.runner import Post
 from netdyno.bench.workloads import Case
 
