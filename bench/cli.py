@@ -55,6 +55,11 @@ class Mode(str, Enum):
     loader = "loader"
 
 
+class Scaling(str, Enum):
+    weak = "weak"
+    strong = "strong"
+
+
 class Format(str, Enum):
     md = "md"
     csv = "csv"
@@ -134,6 +139,25 @@ def run(
             help="e2e: loader and training; compute: training on one resident batch; loader: it alone.",
         ),
     ] = Mode.e2e,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus",
+            metavar="N",
+            min=1,
+            max=1_024,
+            help="Trains on so many GPUs of this machine at once; without any, in so many processes on its CPU."
+            "  [default: 1; under torchrun: its processes]",
+        ),
+    ] = None,
+    scaling: Annotated[
+        Scaling,
+        typer.Option(
+            "--scaling",
+            metavar="SCALING",
+            help="Of several GPUs. weak: the recipe's batch on each of them; strong: shared out to them.",
+        ),
+    ] = Scaling.weak,
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", min=0, max=2**31 - 1, help="Of weights, order and augmentation.")
     ] = 0,
@@ -170,6 +194,7 @@ def run(
     from .tuning import TUNINGS
     from .workloads import Case, find, names, resolve
 
+    ranks = ranks_of_torchrun(gpus)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's "stop" ends a run as Ctrl-C does
     chosen = [find(name) for name in workloads or names(suite.value)]
     tunings = [name.value for name in tuning or SUITE_TUNINGS[suite]]
@@ -183,6 +208,8 @@ def run(
             mode=mode.value,
             seed=seed,
             seeds=1 if workload.division == "closed" else seeds or (30 if suite is Suite.open else 2),
+            gpus=ranks,
+            scaling=scaling.value if ranks > 1 else "weak",
         )
         for workload in chosen
         for name in tunings
@@ -199,6 +226,10 @@ def run(
     here = machine.describe()
     if here["gpu"] is None and any(TUNINGS[name](None).needs_gpu for name in tunings):
         raise UserError("--tuning t4 needs a CUDA GPU, and no NVIDIA driver with one was found here")
+    if here["gpu"] is not None and ranks > 1 and not is_visible(ranks - 1):
+        raise UserError(f"--gpus {ranks}: this machine does not have so many, or CUDA_VISIBLE_DEVICES hides them")
+    if ranks > 1 and find_batch_size:
+        raise UserError("--find-batch-size searches on one GPU: leave --gpus out")
     if mode is Mode.loader and find_batch_size:
         raise UserError("--find-batch-size trains, and --mode loader does not: leave one of them out")
     if here["gpu"] is None and find_batch_size:
@@ -239,6 +270,32 @@ def run(
         say(f"{len(records)} {'record' if len(records) == 1 else 'records'} written to {results / here['slug']}")
     if any(record["status"] != "ok" for record in records):
         raise typer.Exit(2 if user_errors else 1)
+
+
+def ranks_of_torchrun(asked: int | None) -> int:
+    """How many GPUs each case is to have: as asked for, else as many as torchrun started processes of this command.
+
+    Under torchrun one of these, rank 0, goes on and starts the ranks of each case; the others end here. A case has
+    fresh processes, whoever started the command.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return asked or 1
+    if os.environ["RANK"] != "0":
+        raise typer.Exit
+    count = int(os.environ["WORLD_SIZE"])
+    if count != int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise UserError("torchrun on several machines: a case runs on the GPUs of one; run the command on each of them")
+    if asked not in (None, count):
+        raise UserError(f"--gpus {asked}, but torchrun started {count} processes: leave one of them out")
+    return count
+
+
+def is_visible(number: int) -> bool:
+    """Whether there is a GPU of this number, from 0, among those that may be used."""
+    from .gpu import Gpu
+
+    with Gpu.open(number) as gpu:
+        return gpu is not None
 
 
 def say_batch_sizes(cases: list[Any], root: Path, here: dict[str, Any]) -> None:
@@ -312,6 +369,7 @@ def held(records: list[Record], here: dict[str, Any], hashes: dict[str, dict[str
 
     def case_of(described: Record) -> Case:
         known: dict[str, Any] = {name: described.get(name) for name in fields if name != "seeds"}
+        known["scaling"] = known["scaling"] or "weak"  # of one GPU a record says nothing
         return Case(**known, seeds=len(described.get("seeds") or [0]))
 
     return Counter(case_of(record["case"]) for record in records if counts(record))

@@ -53,8 +53,8 @@ class Gpu:
 
     @staticmethod
     @contextmanager
-    def open() -> Iterator["Gpu | None"]:
-        """The first GPU that CUDA_VISIBLE_DEVICES leaves visible; None where there is no driver or no GPU."""
+    def open(number: int = 0) -> Iterator["Gpu | None"]:
+        """A GPU by its place among those that CUDA_VISIBLE_DEVICES leaves visible; None where there is none."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import pynvml
@@ -64,14 +64,15 @@ class Gpu:
             yield None
             return
         try:
-            yield Gpu._visible(pynvml)
+            yield Gpu._visible(pynvml, number)
         finally:
             pynvml.nvmlShutdown()
 
     @staticmethod
-    def _visible(nvml: Any) -> "Gpu | None":
+    def _visible(nvml: Any, number: int) -> "Gpu | None":
         """The GPU that CUDA would use: named by number, by UUID or the beginning of one, or as a MIG slice."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = str(number) if named is None else "".join(named.split(",")[number : number + 1]).strip()
         try:
             if visible.isdigit():
                 return Gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(int(visible)))
@@ -164,7 +165,7 @@ class Sampler:
     """
 
     def __init__(self, gpu: Gpu | None, pid: int) -> None:
-        self._gpu, self._pid = gpu, pid
+        self._gpu, self.pid = gpu, pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._borders: list[Border] = []  # a begin, its end, the next begin, …
@@ -192,12 +193,12 @@ class Sampler:
         assert self._gpu is not None
         while not self._stop.wait(SAMPLE_S):
             try:
-                used = self._gpu.process_memory_mib(self._pid)
+                used = self._gpu.process_memory_mib(self.pid)
                 if used is not None:
                     self.process_peak_mib = max(used, self.process_peak_mib or 0.0)
                 stretch = len(self._borders)
                 if stretch:  # between stretches too: the shortest may pass without a reading
-                    self._others = max(self._others or 0, self._gpu.other_processes(self._pid))
+                    self._others = max(self._others or 0, self._gpu.other_processes(self.pid))
                 if stretch % 2 == 0:
                     continue
                 reading = Reading(stretch, self._gpu.reading(), self._gpu.reasons())
@@ -228,6 +229,36 @@ class Sampler:
             found["throttle_share"] = {name: round(share, 3) for name, share in shares.items() if share}
         found |= energies(self._borders, _series(settled(self._readings), "power_w"))
         return found | others | failed
+
+
+OF_ALL = ("energy_j", "energy_sampled_j", "energy_source", "power_w_mean")  # of several cards: where each one tells it
+LEAST = ("sm_clock_mhz_min", "readings")
+MOST = ("sm_clock_mhz_max", "temperature_c_max", "other_processes", "failed_readings")
+
+
+def together(cards: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """One `gpu` for a record of several cards: energy and power of all, extremes of any, and means of the rest.
+
+    The cards' own summaries stand in `cards`.
+    """
+    told = [card for card in cards if card]
+    if len(cards) == 1 or not told:
+        return cards[0]
+    found: dict[str, Any] = {"cards": told}
+    for name in dict.fromkeys(name for card in told for name in card):
+        values = [card[name] for card in told if name in card]
+        if name in OF_ALL and len(values) < len(cards):
+            continue
+        if name == "throttle_share":
+            reasons = dict.fromkeys(reason for shares in values for reason in shares)
+            found[name] = {reason: max(shares.get(reason, 0.0) for shares in values) for reason in reasons}
+        elif name == "energy_source":
+            found[name] = "counter" if {*values} == {"counter"} else "sampled"
+        elif name in LEAST + MOST:
+            found[name] = min(values) if name in LEAST else max(values)
+        else:
+            found[name] = round(sum(values) if name in OF_ALL else fmean(values), 1)
+    return found
 
 
 def _series(readings: Sequence[Reading], name: str) -> list[float]:

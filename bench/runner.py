@@ -18,12 +18,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .gpu import Gpu, Sampler
+from .gpu import Gpu, Sampler, together
 from .inflight import in_flight
 from .order import Order
 from .record import Record, load_ceilings, new_record, path_of, save, write_atomically
@@ -153,7 +153,8 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> N
         environment["TMPDIR"] = str(order.pictures)  # what its workers leave goes with it
     if cache is not None:
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, Gpu.open() as gpu:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, ExitStack() as opened:
+        gpus = [opened.enter_context(Gpu.open(number)) for number in range(order.case.gpus)]
         child = subprocess.Popen(
             CHILD,
             stdin=subprocess.PIPE,  # open until the end: it closes with this process, and then the child ends itself
@@ -169,9 +170,12 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> N
         try:
             with suppress(BrokenPipeError):  # it may be gone already; how it ended says why
                 print(replace(order, started=time.time()).to_json(), file=child.stdin, flush=True)
-            with Sampler(gpu, child.pid) as sampler:
+            samplers = [Sampler(gpu, child.pid) for gpu in gpus]
+            with ExitStack() as running:
+                for sampler in samplers:
+                    running.enter_context(sampler)
                 try:
-                    strange = follow(child, record, sampler, listen)
+                    strange = follow(child, record, samplers, listen)
                 except TimeoutError:
                     record |= {"status": "timeout", "reason": f"no word from the child for {STALL_S:.0f} s"}
                     child.send_signal(signal.SIGABRT)  # faulthandler writes where each of its threads is
@@ -186,7 +190,7 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen) -> N
             record |= judge(child.returncode, said, strange, measured=measured)
         if record["status"] in ("failed", "timeout", "killed") and said.strip() and not order.compile_only:
             (order.pictures / STDERR).write_text(said[-STDERR_KEPT:], encoding="utf-8")
-        add_memory(record, sampler)
+        add_memory(record, samplers)
 
 
 def judge(code: int, said: str, strange: str | None, *, measured: bool) -> Record:
@@ -203,7 +207,7 @@ def judge(code: int, said: str, strange: str | None, *, measured: bool) -> Recor
     return {"status": "ok", "reason": None}
 
 
-def follow(child: subprocess.Popen[str], record: Record, sampler: Sampler, listen: Listen) -> str | None:
+def follow(child: subprocess.Popen[str], record: Record, samplers: list[Sampler], listen: Listen) -> str | None:
     """Merges the child's events into `record` until it ends; TimeoutError when it falls silent.
 
     Returns the first line that is no event, if there was one: the others count all the same.
@@ -248,15 +252,22 @@ def follow(child: subprocess.Popen[str], record: Record, sampler: Sampler, liste
             record[event["section"]] = (record.get(event["section"]) or {}) | event["value"]
         if "status" in event:
             record |= {"status": event["status"], "reason": event["reason"]}
+        if "pids" in event:
+            for sampler, pid in zip(samplers, event["pids"], strict=True):
+                sampler.pid = pid
         if "timed" in event:
-            sampler.mark(event["timed"])
+            for sampler in samplers:
+                sampler.mark(event["timed"])
         listen(event)
 
 
-def add_memory(record: Record, sampler: Sampler) -> None:
-    """What NVML saw of the child, however it ended; above the tuning's limit the run counts as out of memory."""
-    peak = sampler.process_peak_mib
-    record["gpu"] = sampler.summary()
+def add_memory(record: Record, samplers: list[Sampler]) -> None:
+    """What NVML saw of the child, however it ended; above the tuning's limit the run counts as out of memory.
+
+    Of several ranks, what it saw of the largest.
+    """
+    peak = max((sampler.process_peak_mib for sampler in samplers if sampler.process_peak_mib is not None), default=None)
+    record["gpu"] = together([sampler.summary() for sampler in samplers])
     if peak is not None or record.get("memory"):
         record["memory"] = (record.get("memory") or {}) | {"nvml_process_peak_mib": peak}
     limit = (record.get("memory") or {}).get("limit_mib")
@@ -272,7 +283,7 @@ def add_memory(record: Record, sampler: Sampler) -> None:
 
 
 def end(child: subprocess.Popen[str]) -> None:
-    """Ends what is left of the child and its workers."""
+    """Ends what is left of the child and its workers; ranks lead sessions of their own and end with its pipe."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

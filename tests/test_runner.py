@@ -314,7 +314,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     fake = FakeGpu(None)
 
     @contextmanager
-    def opened() -> Iterator[FakeGpu]:
+    def opened(number: int = 0) -> Iterator[FakeGpu]:
         yield fake
 
     monkeypatch.setattr(runner.Gpu, "open", opened)
