@@ -10,7 +10,7 @@ measured before a failure is kept:
     {"timed": true}                         the timed region begins, or (false) ends
     {"progress": {"epoch": 1, …}}           for the progress bar
     {"status": "oom", "reason": "…"}        only when the run is not ok
-    {"pids": [11, 12]}                      of the ranks, where there are several
+    {"pids": [11, 12], "restarts": 0}       of the ranks, where there are several; all that was said before is void
 
 Of several ranks (`bench/parallel.py`) the first one speaks for all; one that fails says why to the agent.
 """
@@ -81,7 +81,7 @@ def set_up(order: Order, emit: Emit) -> Setting:
     device = pick_device(order.gpu)
     if case.gpus > 1:
         parallel.join(device)
-        emit(pids=[int(pid) for pid in parallel.every(os.getpid())])
+        emit(pids=[int(pid) for pid in parallel.every(os.getpid())], restarts=parallel.restarts())
     tuning = TUNINGS[case.tuning](torch.cuda.get_device_capability() if device.type == "cuda" else None)
     torch.backends.cudnn.benchmark = tuning.compile and not tuning.deterministic
     if tuning.deterministic:
@@ -624,6 +624,8 @@ def main(order: Order) -> None:
             lines.write(json.dumps(event, allow_nan=False) + "\n")  # a record holds no NaN
             lines.flush()
 
+        if order.case.gpus > 1 and parallel.restarts() and os.environ["RANK"] == "0":
+            lines.write("\n")  # the rank before this one may have been ended within a line
         fail = emit if order.case.gpus == 1 else parallel.last_words
         try:
             run(order, emit)

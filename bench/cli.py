@@ -158,6 +158,15 @@ def run(
             help="Of several GPUs. weak: the recipe's batch on each of them; strong: shared out to them.",
         ),
     ] = Scaling.weak,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            "--restarts",
+            metavar="N",
+            min=0,
+            help="Of several GPUs: starts a case's processes again when one fails, so often.",
+        ),
+    ] = 0,
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", min=0, max=2**31 - 1, help="Of weights, order and augmentation.")
     ] = 0,
@@ -261,7 +270,9 @@ def run(
             continue
         say(f"[{number}/{len(cases)}] {case}")
         with show(console) as listen:
-            record = runner.run(case, data=root, results=results, machine=here, listen=listen, trace=trace)
+            record = runner.run(
+                case, data=root, results=results, machine=here, listen=listen, trace=trace, restarts=restarts
+            )
         say(f"  {outcome(record)}", style=None if record["status"] == "ok" else "red")
         user_errors |= listen.user_error
         records.append(record)

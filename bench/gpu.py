@@ -165,7 +165,7 @@ class Sampler:
     """
 
     def __init__(self, gpu: Gpu | None, pid: int) -> None:
-        self._gpu, self.pid = gpu, pid
+        self._gpu, self._pid = gpu, pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._borders: list[Border] = []  # a begin, its end, the next begin, …
@@ -184,6 +184,13 @@ class Sampler:
         if self._gpu is not None:
             self._thread.join()
 
+    def begin(self, pid: int) -> None:
+        """From now on it is another process, and what was read of the one before does not count."""
+        self._pid = pid
+        self._borders.clear()
+        self._readings.clear()
+        self._others = None
+
     def mark(self, timed: bool) -> None:
         """A stretch of the timed region begins, or ends, now. One that never ends has readings, but no energy."""
         if self._gpu is not None and timed != (len(self._borders) % 2 == 1):
@@ -193,12 +200,12 @@ class Sampler:
         assert self._gpu is not None
         while not self._stop.wait(SAMPLE_S):
             try:
-                used = self._gpu.process_memory_mib(self.pid)
+                used = self._gpu.process_memory_mib(self._pid)
                 if used is not None:
                     self.process_peak_mib = max(used, self.process_peak_mib or 0.0)
                 stretch = len(self._borders)
                 if stretch:  # between stretches too: the shortest may pass without a reading
-                    self._others = max(self._others or 0, self._gpu.other_processes(self.pid))
+                    self._others = max(self._others or 0, self._gpu.other_processes(self._pid))
                 if stretch % 2 == 0:
                     continue
                 reading = Reading(stretch, self._gpu.reading(), self._gpu.reasons())

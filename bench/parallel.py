@@ -20,6 +20,7 @@ What ranks do and do not share:
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -60,10 +61,14 @@ def seed_of(seed: int) -> int:
 
 def join(device: torch.device) -> None:
     """Makes this process one of the ranks that `launch` started. `device`: that of the tensors that they exchange."""
+    store, number, count = next(dist.rendezvous("env://"))
+    # The agent's store outlives the ranks that it starts again, and what those before them left there.
+    store = dist.PrefixStore(f"attempt {restarts()}", store)
+    common: dict[str, Any] = {"store": store, "rank": number, "world_size": count}
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()), **common)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **common)
 
 
 def leave() -> None:
@@ -154,11 +159,12 @@ def see_own_gpu() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "".join(mine)
 
 
-def launch(order: str, count: int) -> dict[str, Any] | None:
+def launch(order: str, count: int, restarts: int) -> dict[str, Any] | None:
     """Runs an order by `count` ranks, under the agent of torchrun; returns when the last one is gone.
 
     Each is a `bench/start.py` with the order as its argument and this process's standard input and output. A rank that
-    fails ends all of them. Returns the event that tells of the failure (as `bench/child.py` lists them), None without.
+    fails ends all of them; then all start again, at most `restarts` times. Returns the event that tells of the failure
+    (as `bench/child.py` lists them), None without.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -173,7 +179,7 @@ def launch(order: str, count: int) -> dict[str, Any] | None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=0,
+        max_restarts=restarts,
     )
     try:
         elastic_launch(config, sys.executable)("-X", "faulthandler", "-m", f"{__package__}.start", order)
@@ -183,6 +189,11 @@ def launch(order: str, count: int) -> dict[str, Any] | None:
                 os.killpg(failure.pid, signal.SIGKILL)
         return _cause(error.failures)
     return None
+
+
+def restarts() -> int:
+    """How often the agent has started the ranks again so far."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def last_words(**event: Any) -> None:
@@ -198,7 +209,7 @@ def _cause(failures: dict[int, Any]) -> dict[str, Any]:
     def place(failed: int) -> tuple[bool, float]:
         failure = failures[failed]
         killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-        return not killed, failure.error_file_data.get("timestamp", failure.timestamp)
+        return not killed, failure.error_file_data.get("timestamp", math.inf)
 
     first = min(failures, key=place)
     failure = failures[first]

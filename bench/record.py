@@ -24,8 +24,8 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
                 other_processes (the most at once), readings, failed_readings (all in the timed region, without what
                 the card does not tell; when energy can be told stands in bench/gpu.py), cards (of several, each
                 one's own; the rest is then of all together)
-    communication  rank_train_s (of each rank), step_s, apart_step_s, exposed_s, add_up_s, add_up_mib (None on one GPU;
-                what they are stands in bench/child.py)
+    communication  restarts, rank_train_s (of each rank), step_s, apart_step_s, exposed_s, add_up_s, add_up_mib
+                (what they are stands in bench/child.py; None on one GPU)
     roofline    flop_per_s, bytes_per_s, ceiling_flop_per_s, ceiling_bytes_per_s, share (of the images/s that the
                 ceilings allow; counted in bench/roofline.py, the ceilings measured by netdyno doctor)
     code

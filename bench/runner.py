@@ -26,7 +26,7 @@ from typing import Any
 from .gpu import Gpu, Sampler, together
 from .inflight import in_flight
 from .order import Order
-from .record import Record, load_ceilings, new_record, path_of, save, write_atomically
+from .record import SECTIONS, Record, load_ceilings, new_record, path_of, save, write_atomically
 from .roofline import achieved
 from .tuning import TUNINGS
 from .workloads import Case, describe, resolve
@@ -57,7 +57,14 @@ Listen = Callable[[Event], None]
 
 
 def run(
-    case: Case, *, data: Path, results: Path, machine: dict[str, Any], listen: Listen, trace: bool = False
+    case: Case,
+    *,
+    data: Path,
+    results: Path,
+    machine: dict[str, Any],
+    listen: Listen,
+    trace: bool = False,
+    restarts: int = 0,
 ) -> Record:
     """Runs `case` and writes its record, and its pictures and trace beside it, below `results`.
 
@@ -66,6 +73,7 @@ def run(
         machine: the record's `machine`, from `machine.describe()`.
         listen: is called with each event of the child (see `bench/child.py`).
         trace: writes a profiler trace of a few steps after the measured ones.
+        restarts: how often the ranks of a case on several GPUs start again, at most, when one of them fails.
 
     Raises:
         UserError: the record cannot be written; where the disk had room for its mark, the next start makes one of that.
@@ -81,6 +89,7 @@ def run(
             started=time.time(),
             gpu=machine["gpu"],
             trace=scratch / TRACE if trace else None,
+            restarts=restarts,
         )
         interrupted = False
         try:
@@ -254,7 +263,10 @@ def follow(child: subprocess.Popen[str], record: Record, samplers: list[Sampler]
             record |= {"status": event["status"], "reason": event["reason"]}
         if "pids" in event:
             for sampler, pid in zip(samplers, event["pids"], strict=True):
-                sampler.pid = pid
+                sampler.begin(pid)
+            record |= dict.fromkeys(SECTIONS)
+            record |= {"communication": {"restarts": event["restarts"]}, "status": "ok", "reason": None}
+            strange = None  # a rank may have been ended within a line
         if "timed" in event:
             for sampler in samplers:
                 sampler.mark(event["timed"])

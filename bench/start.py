@@ -28,7 +28,7 @@ if __name__ == "__main__":
     if is_rank:
         parallel.see_own_gpu()
     if order.case.gpus > 1 and not is_rank:
-        failure = parallel.launch(text, order.case.gpus)
+        failure = parallel.launch(text, order.case.gpus, order.restarts)
         if failure is not None:
             print("\n" + json.dumps(failure), flush=True)  # a rank may have been ended within a line
     else:

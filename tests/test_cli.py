@@ -23,8 +23,8 @@ from netdyno.bench.workloads import Case, describe, find, names, resolve
 # A new option is a decision: settings of a case belong into bench/workloads.py and bench/tuning.py.
 COMMAND_LINE = """
 list
-run [WORKLOAD]... --suite --tuning --mode --gpus --scaling --seed --seeds --repeats --resume --results --data \
---trace --find-batch-size
+run [WORKLOAD]... --suite --tuning --mode --gpus --scaling --restarts --seed --seeds --repeats --resume --results \
+--data --trace --find-batch-size
 table --results --format
 compare OLD NEW --results
 gate NEW --results --json --junit --markdown

@@ -315,12 +315,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a case on small stand-ins; returns its record, as it was read again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def run(case: Case, listen: Any = lambda event: None) -> dict[str, Any]:
+    def run(case: Case, listen: Any = lambda event: None, **options: Any) -> dict[str, Any]:
         name = find(case.workload).dataset
         if not (tmp_path / "data").exists():
             synthetic.make(name, tmp_path / "data", sizes=(1_300 if name == "anime_faces" else 600, 100))
         here = machine.describe()
-        runner.run(case, data=tmp_path / "data", results=tmp_path / "results", machine=here, listen=listen)
+        runner.run(case, data=tmp_path / "data", results=tmp_path / "results", machine=here, listen=listen, **options)
         records, problems = schema.read_all(tmp_path / "results")
         assert problems == []
         return records[-1]
@@ -428,7 +428,12 @@ def failure(exitcode: int, seen: float, **told: Any) -> Any:
 @pytest.mark.parametrize(
     ("failures", "status", "reason"),
     [
-        ({0: failure(-15, 9.0), 1: failure(-9, 9.0)}, "failed", "rank 1 was ended by SIGKILL"),
+        ({0: failure(-15, 9.0), 1: failure(-9, 9.9)}, "failed", "rank 1 was ended by SIGKILL"),
+        (
+            {0: failure(-15, 9.0), 1: failure(1, 9.9, timestamp=9.9, event={"status": "failed", "reason": "no"})},
+            "failed",
+            "rank 1: no",
+        ),
         (
             {
                 0: failure(1, 5.7, timestamp=5.7, event={"status": "failed", "reason": "peer is gone"}),
@@ -462,3 +467,21 @@ def test_the_error_of_a_rank_is_the_records(run: Any, tmp_path: Path) -> None:
     assert "train.images.npy is truncated" in record["reason"]
     assert record["reason"].startswith("rank ")
     assert events[-1]["user_error"] is True
+
+
+@pytest.mark.slow
+def test_ranks_start_again_where_asked_to(run: Any) -> None:
+    """After one of them was killed in training; what was measured before does not count."""
+    pids: list[int] = []
+
+    def kill(event: dict[str, Any]) -> None:
+        if "pids" in event:
+            pids.extend(event["pids"])
+        if event.get("timed") and len(pids) == 2:
+            os.kill(pids[1], signal.SIGKILL)
+
+    record = run(EAGER, kill, restarts=1)
+    assert (record["status"], record["reason"]) == ("ok", None)
+    assert len({*pids}) == 4
+    assert record["communication"]["restarts"] == 1
+    assert record["timing"]["steps"] == 4
