@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,25 +39,23 @@ def in_ranks(script: str, *arguments: str, count: int = 2) -> list[str]:
         port = server.getsockname()[1]
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     common |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
-            env=runner.child_environment() | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    said = []
-    try:
+    processes: list[subprocess.Popen[str]] = []
+    with ExitStack() as started:
+        for rank in range(count):
+            process = subprocess.Popen(
+                [sys.executable, "-c", script, *arguments],
+                env=runner.child_environment() | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            processes.append(started.enter_context(process))
+            started.callback(process.kill)
+        said = []
         for process in processes:
             out, error = process.communicate(timeout=180)
             assert process.returncode == 0, error
             said.append(out)
-    finally:
-        for process in processes:
-            process.kill()
     return said
 
 
