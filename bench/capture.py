@@ -39,6 +39,13 @@ class Captured(Generic[Result]):
         graph.replay()
         return result
 
+    def forget(self) -> None:
+        """Drops all graphs and their memory: the next call captures anew."""
+        self._captured.clear()
+        self._inputs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+
     def _capture(self, *inputs: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, Result]:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):

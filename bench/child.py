@@ -10,6 +10,9 @@ measured before a failure is kept:
     {"timed": true}                         the timed region begins, or (false) ends
     {"progress": {"epoch": 1, …}}           for the progress bar
     {"status": "oom", "reason": "…"}        only when the run is not ok
+    {"pids": [11, 12], "restarts": 0}       of the ranks, where there are several; all that was said before is void
+
+Of several ranks (`bench/parallel.py`) the first one speaks for all; one that fails says why to the agent.
 """
 
 import json
@@ -25,6 +28,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,17 +36,18 @@ import torch
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 
+from . import parallel
 from .capture import Captured
 from .data import baseline, dali, prepared, weights
-from .data.loader import Batch, Loader
+from .data.loader import WHOLE, Batch, Loader, Share
 from .data.prepared import ImageSet
 from .errors import UserError
 from .fuse import fuse
-from .measure import TIMING_VERSION, BlockClock, MemoryParts, PeakMemory, mib, nvml_process_mib, warm_up
+from .measure import TIMING_VERSION, BlockClock, MemoryParts, PeakMemory, call_s, mib, nvml_process_mib, warm_up
 from .metrics import sliced_wasserstein
 from .order import Order
 from .stats import seconds_to_target
-from .step import DTYPES, Step, make_step, why_uncaptured
+from .step import DTYPES, Player, Step, make_step, why_uncaptured
 from .train import Diverged, Evaluate, Evaluation, collect, make_evaluation, train_epoch
 from .tuning import TUNINGS, Tuning
 from .workloads import Workload, describe, resolve
@@ -65,7 +70,7 @@ class Setting(NamedTuple):
     workload: Workload
     network: nn.Module
     train_set: ImageSet
-    eval_set: ImageSet
+    eval_set: ImageSet  # of several ranks, this one's part
     place: Batch | None  # where batches come …
     eval_place: Batch | None  # … and those of evaluations
 
@@ -74,6 +79,9 @@ def set_up(order: Order, emit: Emit) -> Setting:
     """Brings about what a case needs, on the first GPU or else the CPU, and emits `case` and `data` of its record."""
     case = order.case
     device = pick_device(order.gpu)
+    if case.gpus > 1:
+        parallel.join(device)
+        emit(pids=[int(pid) for pid in parallel.every(os.getpid())], restarts=parallel.restarts())
     tuning = TUNINGS[case.tuning](torch.cuda.get_device_capability() if device.type == "cuda" else None)
     torch.backends.cudnn.benchmark = tuning.compile and not tuning.deterministic
     if tuning.deterministic:
@@ -97,6 +105,8 @@ def set_up(order: Order, emit: Emit) -> Setting:
     execution = describe_precision(tuning, device) | {"captured": tuning.capture, "uncaptured_because": uncaptured}
     emit(section="case", value=describe(case, workload) | execution)
     emit(section="data", value=describe_data(train_set, eval_set, tuning))
+    if workload.objective != "adversarial":
+        eval_set = own_part(eval_set)
     both = places(workload, train_set, eval_set, tuning, device)
     return Setting(device, tuning, parts, workload, network, train_set, eval_set, *both)
 
@@ -148,7 +158,7 @@ def run(order: Order, emit: Emit) -> None:
     for player in players:
         player.restart()
     references = references_of(workload, train_set, eval_loader, evaluate, tuning, device)
-    torch.manual_seed(case.seed)
+    torch.manual_seed(parallel.seed_of(case.seed))
     graphs = new_graphs()
 
     if case.mode == "compute":
@@ -161,12 +171,14 @@ def run(order: Order, emit: Emit) -> None:
     emit(section="timing", value={"steady": steady})
     emit(section="memory", value=memory | {"limit_mib": tuning.memory_limit_mib})
     if tuning.compile:
-        recompiles = new_graphs() - graphs
+        recompiles = int(sum(parallel.every(new_graphs() - graphs)))
         emit(section="compile", value={"recompiles": recompiles})
         if recompiles:
             emit(status="failed", reason=f"{recompiles} graphs were compiled or captured inside the timed region")
     if order.trace is not None:
         write_trace(order.trace, step, resident.batch, device)
+    if case.gpus > 1:
+        emit(section="communication", value=communication(step, players, resident.batch, tuning))
     eval_loader.close()
 
 
@@ -207,6 +219,19 @@ def part(images: ImageSet, count: int) -> ImageSet:
     if count >= len(images):
         return images
     picked = np.linspace(0, len(images) - 1, count).astype(np.int64)
+    return rows_of(images, picked)
+
+
+def own_part(images: ImageSet) -> ImageSet:
+    """This rank's part of a set that all ranks share, one part behind the other; the whole where there is one rank."""
+    if parallel.ranks() == 1:
+        return images
+    first, end = (len(images) * number // parallel.ranks() for number in (parallel.rank(), parallel.rank() + 1))
+    return rows_of(images, np.arange(first, end))
+
+
+def rows_of(images: ImageSet, picked: np.ndarray) -> ImageSet:
+    """The images with the numbers `picked`."""
     return replace(
         images,
         images=None if images.images is None else images.images[picked],
@@ -226,8 +251,9 @@ def build(workload: Workload, classes: int) -> tuple[Workload, nn.Module]:
 
 
 def prepare(network: nn.Module, tuning: Tuning, device: torch.device) -> None:
-    """Brings `network` to the device, in the layout and with the kernels of the tuning."""
+    """Brings `network` to the device, in the tuning's layout and with its kernels; ranks have equal weights."""
     network.to(device)
+    parallel.broadcast(network)
     if tuning.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     if tuning.kernels:
@@ -253,22 +279,28 @@ def make_loader(
     """
     options: dict[str, Any] = {
         "preprocess": workload.preprocess,
-        "batch_size": workload.recipe.batch_size if train else eval_batch_size(workload, images),
+        "batch_size": own_batch_size(workload) if train else eval_batch_size(workload, images),
         "train": train,
         "seed": seed,
         "device": device,
         "dtype": DTYPES[tuning.precision] if train else torch.float32,
         "channels_last": tuning.channels_last,
+        "share": Share(parallel.rank(), parallel.ranks()) if train else WHOLE,
     }
     if tuning.loader == "dali":
         module: Any = dali
         options["into"] = into
     else:
         module = baseline
-        options["workers"] = min(BASELINE_WORKERS, len(os.sched_getaffinity(0)))
+        options["workers"] = min(BASELINE_WORKERS, parallel.cores())
     if images.images is not None:
         return module.array_loader(images.images, images.labels, **options)
     return module.jpeg_loader(images.files, images.labels, **options)
+
+
+def own_batch_size(workload: Workload) -> int:
+    """Images of one training batch that are this rank's."""
+    return workload.recipe.batch_size // parallel.ranks()
 
 
 def eval_batch_size(workload: Workload, eval_set: ImageSet) -> int:
@@ -289,8 +321,9 @@ def places(
         pixels = torch.empty(rows, height, width, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
         return Batch(pixels, torch.empty(rows, dtype=torch.int64, device=device), rows, batches)
 
-    batch_size = workload.recipe.batch_size
-    at_once = 1 if train_set.images is None else dali.batches_at_once(train_set.images, batch_size)
+    batch_size = own_batch_size(workload)
+    images = train_set.images
+    at_once = 1 if images is None else dali.batches_at_once(images, batch_size, parallel.ranks())
     return (
         place(train_set, batch_size, at_once, DTYPES[tuning.precision]),
         place(eval_set, eval_batch_size(workload, eval_set), 1, torch.float32),
@@ -358,7 +391,10 @@ def new_graphs() -> int:
 
 
 class Timing:
-    """Adds up the clocks of the epochs and emits the record's `timing` and `throughput`."""
+    """Adds up the clocks of the epochs and emits the record's `timing` and `throughput`.
+
+    Of several ranks the slowest one's seconds count, for the images of all; the blocks are those of the first one.
+    """
 
     def __init__(self, device: torch.device, emit: Emit) -> None:
         self._device, self._emit = device, emit
@@ -372,18 +408,22 @@ class Timing:
     def add(self, images: int, steps: int) -> None:
         self._images += images
         self._steps += steps
-        train_s = sum(clock.steps_s for clock in self._clocks)
+        rank_s = parallel.every(sum(clock.steps_s for clock in self._clocks))
+        train_s = max(rank_s)
         timing = {
             "timing_version": TIMING_VERSION,
             "block_steps": self._clocks[0].block_steps,
             "block_s": [round(block, 6) for clock in self._clocks for block in clock.block_s],
             "blocks_thinned_by": 1,
             "train_s": round(train_s, 6),
-            "wall_s": round(sum(clock.wall_s for clock in self._clocks), 6),
+            "wall_s": round(parallel.slowest(sum(clock.wall_s for clock in self._clocks)), 6),
             "steps": self._steps,
         }
         self._emit(section="timing", value=timing)
-        self._emit(section="throughput", value={"images_per_s": round(self._images / train_s, 3)})
+        if len(rank_s) > 1:
+            self._emit(section="communication", value={"rank_train_s": [round(seconds, 6) for seconds in rank_s]})
+        images = self._images * parallel.ranks()
+        self._emit(section="throughput", value={"images_per_s": round(images / train_s, 3)})
 
 
 def time_batches(
@@ -471,16 +511,18 @@ def train(
         with memory.during("eval"):
             start = time.perf_counter()
             evaluation = evaluate()
-            eval_s = time.perf_counter() - start
+            eval_s = parallel.slowest(time.perf_counter() - start)
         if not math.isfinite(evaluation.metric):
             raise Diverged(f"{workload.metric.name} {evaluation.metric} after epoch {epoch}")
-        curve.append(curve_row(epoch, clock.total_s, eval_s, trained.loss, evaluation))
-        if evaluation.picture is not None and (epoch in PICTURED_EPOCHS or epoch == epochs):
+        loss = fmean(parallel.every(trained.loss))
+        curve.append(curve_row(epoch, parallel.slowest(clock.total_s), eval_s, loss, evaluation))
+        pictured = parallel.rank() == 0 and (epoch in PICTURED_EPOCHS or epoch == epochs)
+        if evaluation.picture is not None and pictured:
             to_pil_image(evaluation.picture.float().cpu()).save(pictures / f"{epoch}.webp", quality=85)
         eval_s_total += eval_s
         emit(section="throughput", value={"eval_images_per_s": round(evaluation.images * len(curve) / eval_s_total, 3)})
         emit(section="accuracy", value=accuracy(workload, curve, target, references))
-        emit(progress={"epoch": epoch, "step": trained.steps, "loss": trained.loss, "metric": evaluation.metric})
+        emit(progress={"epoch": epoch, "step": trained.steps, "loss": loss, "metric": evaluation.metric})
     return memory.summary()
 
 
@@ -532,13 +574,48 @@ def write_trace(path: Path, step: Step, batch: Batch, device: torch.device) -> N
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     start = time.perf_counter()
     step(batch.images, batch.labels).sum().item()  # waits for the device
-    others = math.ceil(TRACED_AFTER_S / (time.perf_counter() - start))
+    others = math.ceil(TRACED_AFTER_S / parallel.slowest(time.perf_counter() - start))
     schedule = torch.profiler.schedule(wait=0, warmup=others, active=TRACED_STEPS, repeat=1)
     with torch.profiler.profile(activities=activities, acc_events=True, schedule=schedule) as profiler:
         for _ in range(others + TRACED_STEPS):
             step(batch.images, batch.labels)
             profiler.step()
-    profiler.export_chrome_trace(str(path))
+    if parallel.rank() == 0:
+        profiler.export_chrome_trace(str(path))
+
+
+def communication(step: Step, players: list[Player], batch: Batch, tuning: Tuning) -> dict[str, float]:
+    """What adding up the gradients costs a step, from further steps after everything else was measured.
+
+    Seconds of a step as it was, and of one in which each rank is left to itself; the difference is what of the
+    communication no arithmetic hides. Beside it the seconds of the same sums alone, and their size in MiB.
+    """
+
+    def seconds() -> float:
+        return call_s(lambda: step(batch.images, batch.labels)) / batch.batches
+
+    together_s = seconds()
+    gradients = [[torch.zeros_like(weight) for weight in player.parameters] for player in players]
+
+    def add_up() -> torch.Tensor:
+        for _ in range(batch.batches):  # as many as a step that is replayed has
+            for group in gradients:
+                parallel.add_up(group)
+        return gradients[0][0]
+
+    add_up_s = call_s(Captured(add_up, "train") if tuning.capture else add_up) / batch.batches
+    with parallel.apart():
+        if isinstance(step, Captured):
+            step.forget()
+            step(batch.images, batch.labels)
+        apart_s = seconds()
+    return {
+        "step_s": float(f"{together_s:.5g}"),
+        "apart_step_s": float(f"{apart_s:.5g}"),
+        "exposed_s": float(f"{together_s - apart_s:.5g}"),
+        "add_up_s": float(f"{add_up_s:.5g}"),
+        "add_up_mib": mib(sum(gradient.nbytes for group in gradients for gradient in group)),
+    }
 
 
 def main(order: Order) -> None:
@@ -547,23 +624,29 @@ def main(order: Order) -> None:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not stand between the lines
 
         def emit(**event: Any) -> None:
+            if parallel.rank() > 0:
+                return
             lines.write(json.dumps(event, allow_nan=False) + "\n")  # a record holds no NaN
             lines.flush()
 
+        if order.case.gpus > 1 and parallel.restarts() and os.environ["RANK"] == "0":
+            lines.write("\n")  # the rank before this one may have been ended within a line
+        fail = emit if order.case.gpus == 1 else parallel.last_words
         try:
             run(order, emit)
+            parallel.leave()
         except UserError as error:
-            emit(status="failed", reason=str(error), user_error=True)
+            fail(status="failed", reason=str(error), user_error=True)
         except Diverged as error:
-            emit(status="diverged", reason=str(error))
+            fail(status="diverged", reason=str(error))
         except Exception as error:
             if not is_out_of_memory(error):
                 traceback.print_exc()
-                return emit(status="failed", reason=f"{type(error).__name__}: {first_line(error)}"[:500])
+                return fail(status="failed", reason=f"{type(error).__name__}: {first_line(error)}"[:500])
             captured = Captured.own_bytes.get("train", 0)
             peak = mib(torch.cuda.max_memory_allocated() + captured) if torch.cuda.is_available() else None
             emit(section="memory", value={"peak_allocated_mib": peak})
-            emit(status="oom", reason=first_line(error))
+            fail(status="oom", reason=first_line(error))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -56,6 +56,11 @@ class Mode(str, Enum):
     loader = "loader"
 
 
+class Scaling(str, Enum):
+    weak = "weak"
+    strong = "strong"
+
+
 class Format(str, Enum):
     md = "md"
     csv = "csv"
@@ -135,6 +140,34 @@ def run(
             help="e2e: loader and training; compute: training on one resident batch; loader: it alone.",
         ),
     ] = Mode.e2e,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus",
+            metavar="N",
+            min=1,
+            max=1_024,
+            help="Trains on so many GPUs of this machine at once; without any, in so many processes on its CPU."
+            "  [default: 1; under torchrun: its processes]",
+        ),
+    ] = None,
+    scaling: Annotated[
+        Scaling,
+        typer.Option(
+            "--scaling",
+            metavar="SCALING",
+            help="Of several GPUs. weak: the recipe's batch on each of them; strong: shared out to them.",
+        ),
+    ] = Scaling.weak,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            "--restarts",
+            metavar="N",
+            min=0,
+            help="Of several GPUs: starts a case's processes again when one fails, so often.",
+        ),
+    ] = 0,
     seed: Annotated[
         int, typer.Option("--seed", metavar="N", min=0, max=2**31 - 1, help="Of weights, order and augmentation.")
     ] = 0,
@@ -176,6 +209,7 @@ def run(
     from .tuning import TUNINGS
     from .workloads import Case, find, names, resolve
 
+    ranks = ranks_of_torchrun(gpus)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's "stop" ends a run as Ctrl-C does
     chosen = [find(name) for name in workloads or names(suite.value)]
     tunings = [name.value for name in tuning or SUITE_TUNINGS[suite]]
@@ -189,6 +223,8 @@ def run(
             mode=mode.value,
             seed=seed,
             seeds=1 if workload.division == "closed" else seeds or (30 if suite is Suite.open else 2),
+            gpus=ranks,
+            scaling=scaling.value if ranks > 1 else "weak",
         )
         for workload in chosen
         for name in tunings
@@ -205,12 +241,18 @@ def run(
     here = machine.describe()
     if here["gpu"] is None and any(TUNINGS[name](None).needs_gpu for name in tunings):
         raise UserError("--tuning t4 needs a CUDA GPU, and no NVIDIA driver with one was found here")
+    if here["gpu"] is not None and ranks > 1 and ranks > len(Gpu.cards()):
+        raise UserError(f"--gpus {ranks}: this machine does not have so many, or CUDA_VISIBLE_DEVICES hides them")
+    if ranks > 1 and find_batch_size:
+        raise UserError("--find-batch-size searches on one GPU: leave --gpus out")
     if mode is Mode.loader and find_batch_size:
         raise UserError("--find-batch-size trains, and --mode loader does not: leave one of them out")
     if here["gpu"] is None and find_batch_size:
         raise UserError(
             "--find-batch-size needs a CUDA GPU: nothing ends a CPU's memory before the machine stands still"
         )
+    if parallel and ranks > 1:
+        raise UserError("--parallel runs a case on each card, and --gpus one on several: leave one of them out")
     if parallel and find_batch_size:
         raise UserError("--find-batch-size looks at one card: leave --parallel out")
     cards = Gpu.cards() if parallel else {}
@@ -249,8 +291,9 @@ def run(
         name = f"[{number}/{len(cases)}] {case}"
         card = f"card {post.number}" if post else ""
         say(f"{name}: {card}" if post else name)
+        options: Any = {"trace": trace, "post": post, "restarts": restarts}
         with closing(listener(card)) as listen:
-            record = runner.run(case, data=root, results=results, machine=here, listen=listen, trace=trace, post=post)
+            record = runner.run(case, data=root, results=results, machine=here, listen=listen, **options)
         end = f"{name}: {outcome(record)}" if post else f"  {outcome(record)}"
         say(end, style=None if record["status"] == "ok" else "red")
         user_errors |= listen.user_error
@@ -267,6 +310,24 @@ def run(
         say(f"{len(records)} {'record' if len(records) == 1 else 'records'} written to {results / here['slug']}")
     if any(record["status"] != "ok" for record in records):
         raise typer.Exit(2 if user_errors else 1)
+
+
+def ranks_of_torchrun(asked: int | None) -> int:
+    """How many GPUs each case is to have: as asked for, else as many as torchrun started processes of this command.
+
+    Under torchrun one of these, rank 0, goes on and starts the ranks of each case; the others end here. A case has
+    fresh processes, whoever started the command.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return asked or 1
+    if os.environ["RANK"] != "0":
+        raise typer.Exit
+    count = int(os.environ["WORLD_SIZE"])
+    if count != int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise UserError("torchrun on several machines: a case runs on the GPUs of one; run the command on each of them")
+    if asked not in (None, count):
+        raise UserError(f"--gpus {asked}, but torchrun started {count} processes: leave one of them out")
+    return count
 
 
 def say_batch_sizes(cases: list[Any], root: Path, here: dict[str, Any]) -> None:
@@ -340,6 +401,7 @@ def held(records: list[Record], here: dict[str, Any], hashes: dict[str, dict[str
 
     def case_of(described: Record) -> Case:
         known: dict[str, Any] = {name: described.get(name) for name in fields if name != "seeds"}
+        known["scaling"] = known["scaling"] or "weak"  # of one GPU a record says nothing
         return Case(**known, seeds=len(described.get("seeds") or [0]))
 
     return Counter(case_of(record["case"]) for record in records if counts(record))

@@ -211,6 +211,13 @@ class Sampler:
         if self._gpu is not None:
             self._thread.join()
 
+    def begin(self, pid: int) -> None:
+        """From now on it is another process, and what was read of the one before does not count."""
+        self._pid = pid
+        self._borders.clear()
+        self._readings.clear()
+        self._others = None
+
     def mark(self, timed: bool) -> None:
         """A stretch of the timed region begins, or ends, now. One that never ends has readings, but no energy."""
         if self._gpu is not None and timed != (len(self._borders) % 2 == 1):
@@ -256,6 +263,36 @@ class Sampler:
             found["throttle_share"] = {name: round(share, 3) for name, share in shares.items() if share}
         found |= energies(self._borders, _series(settled(self._readings), "power_w"))
         return found | others | failed
+
+
+OF_ALL = ("energy_j", "energy_sampled_j", "energy_source", "power_w_mean")  # of several cards: where each one tells it
+LEAST = ("sm_clock_mhz_min", "readings")
+MOST = ("sm_clock_mhz_max", "temperature_c_max", "other_processes", "failed_readings")
+
+
+def together(cards: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """One `gpu` for a record of several cards: energy and power of all, extremes of any, and means of the rest.
+
+    The cards' own summaries stand in `cards`.
+    """
+    told = [card for card in cards if card]
+    if len(cards) == 1 or not told:
+        return cards[0]
+    found: dict[str, Any] = {"cards": told}
+    for name in dict.fromkeys(name for card in told for name in card):
+        values = [card[name] for card in told if name in card]
+        if name in OF_ALL and len(values) < len(cards):
+            continue
+        if name == "throttle_share":
+            reasons = dict.fromkeys(reason for shares in values for reason in shares)
+            found[name] = {reason: max(shares.get(reason, 0.0) for shares in values) for reason in reasons}
+        elif name == "energy_source":
+            found[name] = "counter" if {*values} == {"counter"} else "sampled"
+        elif name in LEAST + MOST:
+            found[name] = min(values) if name in LEAST else max(values)
+        else:
+            found[name] = round(sum(values) if name in OF_ALL else fmean(values), 1)
+    return found
 
 
 def _series(readings: Sequence[Reading], name: str) -> list[float]:

@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 import torch
 
+from . import parallel
 from .gpu import Gpu
 
 TIMING_VERSION = 3
@@ -50,13 +51,10 @@ def warm_up(step: Callable[[], torch.Tensor]) -> bool:
     """Runs `step`, which returns a tensor on its device, until it is steady; whether it is, by the timing contract."""
     steps = 1
     stretches: deque[float] = deque(maxlen=STRETCHES)
-    end = time.perf_counter() + WARM_UP_S
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        for _ in range(steps):
-            result = step()
-        result.sum().item()  # waits for the device
-        stretch = time.perf_counter() - start
+    elapsed = 0.0
+    while elapsed < WARM_UP_S:
+        stretch = stretch_s(step, steps)
+        elapsed += stretch
         if stretch < STRETCH_S:
             steps *= 2
             stretches.clear()
@@ -66,6 +64,23 @@ def warm_up(step: Callable[[], torch.Tensor]) -> bool:
         if len(stretches) == STRETCHES and all(abs(one - middle) <= STEADY_WITHIN * middle for one in stretches):
             return True
     return False
+
+
+def stretch_s(call: Callable[[], torch.Tensor], calls: int) -> float:
+    """Seconds of so many calls, each of which returns a tensor on its device: those of the slowest rank."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    result.sum().item()  # waits for the device
+    return parallel.slowest(time.perf_counter() - start)
+
+
+def call_s(call: Callable[[], torch.Tensor]) -> float:
+    """Seconds of one call, which returns a tensor on its device: the median of stretches of at least 50 ms each."""
+    calls = 1
+    while stretch_s(call, calls) < STRETCH_S:
+        calls *= 2
+    return median(stretch_s(call, calls) / calls for _ in range(STRETCHES))
 
 
 class BlockClock:

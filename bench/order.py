@@ -19,6 +19,7 @@ class Order:
     compile_only: bool = False  # compile, say how long it took, and end
     batch_size: int | None = None  # in place of the recipe's
     trace: Path | None = None  # where to put a profiler trace
+    restarts: int = 0  # of the ranks of a case on several GPUs, at most
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), default=str)

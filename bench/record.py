@@ -3,8 +3,8 @@
 A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id>.json`. Names carry their units.
 
     schema, id, created_utc
-    case        workload, suite, tuning, mode, seed, division, gpus, precision, tf32_convolutions, captured,
-                uncaptured_because, recipe (every setting that decides the work)
+    case        workload, suite, tuning, mode, seed, division, gpus, scaling (of several: weak or strong),
+                precision, tf32_convolutions, captured, uncaptured_because, recipe (every setting that decides the work)
     status      ok · oom · diverged · timeout · failed · killed · skipped; all but ok have a `reason`
     timing      timing_version, block_steps, block_s (raw), blocks_thinned_by, train_s, wall_s, steps, steady
     throughput  images_per_s, eval_images_per_s
@@ -22,8 +22,11 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
                 power_w_mean, temperature_c_mean, temperature_c_max, utilisation_pct_mean, throttle_share (of the
                 readings, by reason), energy_j, energy_source (counter or sampled), energy_sampled_j,
                 other_processes (the most at once), readings, failed_readings (all in the timed region, without what
-                the card does not tell; when energy can be told stands in bench/gpu.py); where cases ran on several
-                cards at once, card (its number) and beside (each case that ran meanwhile, and on which card)
+                the card does not tell; when energy can be told stands in bench/gpu.py), cards (of several, each
+                one's own; the rest is then of all together); where cases ran on several cards at once, card (its
+                number) and beside (each case that ran meanwhile, and on which card)
+    communication  restarts, rank_train_s (of each rank), step_s, apart_step_s, exposed_s, add_up_s, add_up_mib
+                (what they are stands in bench/child.py; None on one GPU)
     roofline    flop_per_s, bytes_per_s, ceiling_flop_per_s, ceiling_bytes_per_s, share (of the images/s that the
                 ceilings allow; counted in bench/roofline.py, the ceilings measured by netdyno doctor)
     code
@@ -52,7 +55,7 @@ LATER_SETTINGS = {"basis": "taps"}
 LARGEST_BYTES = 16 * 1024
 FEWEST_BLOCKS = 20  # enough for a median and its interval
 STATUSES = ("ok", "oom", "diverged", "timeout", "failed", "killed", "skipped")
-SECTIONS = ("timing", "throughput", "memory", "accuracy", "compile", "gpu", "roofline", "data")
+SECTIONS = ("timing", "throughput", "memory", "accuracy", "compile", "gpu", "communication", "roofline", "data")
 # The sources that decide a measurement: what a case's process runs, and what its parent gives it.
 MEASURES: tuple[str, ...] = (
     *(
@@ -68,6 +71,7 @@ MEASURES: tuple[str, ...] = (
                 "metrics",
                 "muon",
                 "order",
+                "parallel",
                 "runner",
                 "speedrun",
                 "start",

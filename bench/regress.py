@@ -47,7 +47,7 @@ NOISE_RUNS = 10  # with fewer runs of the old side, the new side's spread counts
 RUNS_USED = 40  # the newest of a side; more would narrow an interval that the margin widens again
 WIDEST_MARGIN = 0.5  # runs that spread more can't show that nothing changed
 CLOCKS_DIFFER = 0.01  # as a share of the clock
-CASE = ("workload", "division", "tuning", "mode", "suite", "gpus")
+CASE = ("workload", "division", "tuning", "mode", "suite", "gpus", "scaling")
 RECIPE = "recipe's "
 OF_ANY_RECIPE = ("time to target", "final metric")  # what a workload is judged by when its recipe changes
 
@@ -323,11 +323,12 @@ def _side(machine: str, group: list[Record]) -> Side:
 
 
 def case_name(record: Record) -> str:
-    """ "mnist-cnn tuned e2e quick"; division and number of GPUs where they aren't the common ones."""
+    """ "mnist-cnn tuned e2e quick"; division, number of GPUs and scaling where they aren't the common ones."""
     case = {name: _clean(at(record, "case", name)) for name in CASE}
     parts = [case["workload"], case["tuning"], case["mode"], case["suite"]]
     parts += [case["division"]] if case["division"] != "closed" else []
     parts += [f"{case['gpus']} GPUs"] if case["gpus"] != "1" else []
+    parts += [case["scaling"]] if at(record, "case", "scaling") else []
     return " ".join(parts)
 
 

@@ -224,10 +224,12 @@ def achieved(record: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> d
     """The record's `roofline`; None where nothing was trained, or nobody counted the network.
 
     flop_per_s, bytes_per_s                  counted work (bytes layer by layer, with the update) over measured time
-    ceiling_flop_per_s, ceiling_bytes_per_s  the machine's own, of machine.json; None where it was not measured
+    ceiling_flop_per_s, ceiling_bytes_per_s  the machine's own, of machine.json, times its GPUs; None where not measured
     share                                    of the images/s that these ceilings allow
     """
     case, throughput = record["case"], record.get("throughput") or {}
+    ranks = case.get("gpus") or 1
+    gpus = ranks if (record.get("machine") or {}).get("gpu") else 1  # ranks share a CPU
     speed, step, recipe = throughput.get("images_per_s"), STEPS.get(case["workload"]), case.get("recipe") or {}
     if not speed or step is None or case.get("division", "closed") != "closed" or case["mode"] == "loader":
         return None
@@ -235,16 +237,16 @@ def achieved(record: Mapping[str, Any], ceilings: Mapping[str, Any] | None) -> d
         return None
     precision = case.get("precision") or ("fp32" if case["tuning"] in ("eager", "fp32") else "half")
     counted = work(step, recipe["optimizer"], precision)
-    traffic = counted.layered_bytes + counted.step_bytes / recipe["batch_size"]
+    traffic = counted.layered_bytes + ranks * counted.step_bytes / recipe["batch_size"]
     known = ceilings or {}
     names = ("bf16", "fp16") if precision == "half" else (precision,)
     tflops = next((value for name in names if (value := known.get(f"matmul_{name}_tflops"))), None)
     copies = known.get("copy_gb_per_s")
-    share = speed * max(counted.flops / (1e12 * tflops), traffic / (1e9 * copies)) if tflops and copies else None
+    share = speed / gpus * max(counted.flops / (1e12 * tflops), traffic / (1e9 * copies)) if tflops and copies else None
     return {
         "flop_per_s": speed * counted.flops,
         "bytes_per_s": speed * traffic,
-        "ceiling_flop_per_s": 1e12 * tflops if tflops else None,
-        "ceiling_bytes_per_s": 1e9 * copies if copies else None,
+        "ceiling_flop_per_s": gpus * 1e12 * tflops if tflops else None,
+        "ceiling_bytes_per_s": gpus * 1e9 * copies if copies else None,
         "share": share,
     }

@@ -19,15 +19,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .gpu import Gpu, Sampler
+from .gpu import Gpu, Sampler, together
 from .inflight import in_flight
 from .order import Order
-from .record import Record, load_ceilings, new_record, path_of, save, write_atomically
+from .record import SECTIONS, Record, load_ceilings, new_record, path_of, save, write_atomically
 from .roofline import achieved
 from .tuning import TUNINGS
 from .workloads import Case, describe, resolve
@@ -76,6 +76,7 @@ def run(
     listen: Listen,
     trace: bool = False,
     post: Post | None = None,
+    restarts: int = 0,
 ) -> Record:
     """Runs `case` and writes its record, and its pictures and trace beside it, below `results`.
 
@@ -85,6 +86,7 @@ def run(
         listen: is called with each event of the child (see `bench/child.py`).
         trace: writes a profiler trace of a few steps after the measured ones.
         post: the card, where others run cases meanwhile; None: the first that is visible.
+        restarts: how often the ranks of a case on several GPUs start again, at most, when one of them fails.
 
     Raises:
         UserError: the record cannot be written; where the disk had room for its mark, the next start makes one of that.
@@ -100,6 +102,7 @@ def run(
             started=time.time(),
             gpu=machine["gpu"],
             trace=scratch / TRACE if trace else None,
+            restarts=restarts,
         )
         interrupted = False
         try:
@@ -189,7 +192,9 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen, post
     card = post.card if post else None
     if card is not None:
         environment["CUDA_VISIBLE_DEVICES"] = card
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, Gpu.open(card) as gpu:
+    cards = [card] if order.case.gpus == 1 else [*Gpu.cards(), *[None] * order.case.gpus][: order.case.gpus]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, ExitStack() as opened:
+        gpus = [opened.enter_context(Gpu.open(card)) for card in cards]
         child = subprocess.Popen(
             CHILD,
             stdin=subprocess.PIPE,  # open until the end: it closes with this process, and then the child ends itself
@@ -205,9 +210,12 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen, post
         try:
             with suppress(BrokenPipeError):  # it may be gone already; how it ended says why
                 print(replace(order, started=time.time()).to_json(), file=child.stdin, flush=True)
-            with Sampler(gpu, child.pid) as sampler:
+            samplers = [Sampler(gpu, child.pid) for gpu in gpus]
+            with ExitStack() as running:
+                for sampler in samplers:
+                    running.enter_context(sampler)
                 try:
-                    strange = follow(child, record, sampler, listen, post)
+                    strange = follow(child, record, samplers, listen, post)
                 except TimeoutError:
                     record |= {"status": "timeout", "reason": f"no word from the child for {STALL_S:.0f} s"}
                     child.send_signal(signal.SIGABRT)  # faulthandler writes where each of its threads is
@@ -222,7 +230,7 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen, post
             record |= judge(child.returncode, said, strange, measured=measured)
         if record["status"] in ("failed", "timeout", "killed") and said.strip() and not order.compile_only:
             (order.pictures / STDERR).write_text(said[-STDERR_KEPT:], encoding="utf-8")
-        add_memory(record, sampler)
+        add_memory(record, samplers)
 
 
 def judge(code: int, said: str, strange: str | None, *, measured: bool) -> Record:
@@ -240,7 +248,7 @@ def judge(code: int, said: str, strange: str | None, *, measured: bool) -> Recor
 
 
 def follow(
-    child: subprocess.Popen[str], record: Record, sampler: Sampler, listen: Listen, post: Post | None
+    child: subprocess.Popen[str], record: Record, samplers: list[Sampler], listen: Listen, post: Post | None
 ) -> str | None:
     """Merges the child's events into `record` until it ends; TimeoutError when it falls silent.
 
@@ -289,15 +297,25 @@ def follow(
             record[event["section"]] = (record.get(event["section"]) or {}) | event["value"]
         if "status" in event:
             record |= {"status": event["status"], "reason": event["reason"]}
+        if "pids" in event:
+            for sampler, pid in zip(samplers, event["pids"], strict=True):
+                sampler.begin(pid)
+            record |= dict.fromkeys(SECTIONS)
+            record |= {"communication": {"restarts": event["restarts"]}, "status": "ok", "reason": None}
+            strange = None  # a rank may have been ended within a line
         if "timed" in event:
-            sampler.mark(event["timed"])
+            for sampler in samplers:
+                sampler.mark(event["timed"])
         listen(event)
 
 
-def add_memory(record: Record, sampler: Sampler) -> None:
-    """What NVML saw of the child, however it ended; above the tuning's limit the run counts as out of memory."""
-    peak = sampler.process_peak_mib
-    record["gpu"] = sampler.summary()
+def add_memory(record: Record, samplers: list[Sampler]) -> None:
+    """What NVML saw of the child, however it ended; above the tuning's limit the run counts as out of memory.
+
+    Of several ranks, what it saw of the largest.
+    """
+    peak = max((sampler.process_peak_mib for sampler in samplers if sampler.process_peak_mib is not None), default=None)
+    record["gpu"] = together([sampler.summary() for sampler in samplers])
     if peak is not None or record.get("memory"):
         record["memory"] = (record.get("memory") or {}) | {"nvml_process_peak_mib": peak}
     limit = (record.get("memory") or {}).get("limit_mib")
@@ -313,7 +331,7 @@ def add_memory(record: Record, sampler: Sampler) -> None:
 
 
 def end(child: subprocess.Popen[str]) -> None:
-    """Ends what is left of the child and its workers."""
+    """Ends what is left of the child and its workers; ranks lead sessions of their own and end with its pipe."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

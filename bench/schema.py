@@ -25,10 +25,12 @@ LONGEST_TEXT = 1_000
 MOST_EPOCHS = 10_000
 MOST_SEEDS = 1_000
 MOST_BESIDE = 1_000
+MOST_RANKS = 1_024
 DEEPEST = 6
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")  # what becomes part of a file's path
 PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}\.[0-9]{1,6}\.webp")
 ENERGY_SOURCE = re.compile(r"counter|sampled")
+SCALING = re.compile(r"weak|strong")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Check = Callable[[Any, str], Iterator[str]]  # of a value and its name, to what is wrong with it
@@ -283,6 +285,19 @@ MACHINE = _object(
     },
     required=("slug",),
 )
+GPU: dict[str, Check] = {
+    **dict.fromkeys(("temperature_c_mean", "temperature_c_max"), _or_null(_number)),
+    **dict.fromkeys(
+        (
+            *("sm_clock_mhz_mean", "sm_clock_mhz_min", "sm_clock_mhz_max", "mem_clock_mhz_mean"),
+            *("power_w_mean", "utilisation_pct_mean", "energy_j", "energy_sampled_j"),
+        ),
+        _or_null(_measure),
+    ),
+    "energy_source": _or_null(_fits(ENERGY_SOURCE, "source of an energy")),
+    "throttle_share": _or_null(_table(_or_null(_share))),
+    **dict.fromkeys(("other_processes", "readings", "failed_readings"), _or_null(_count)),
+}
 RECORD = _object(
     {
         "schema": _count,
@@ -295,6 +310,7 @@ RECORD = _object(
                 "seed": _or_null(_count),
                 "seeds": _or_null(_each(_count, MOST_SEEDS)),
                 "gpus": _or_null(_count),
+                "scaling": _or_null(_fits(SCALING, "way to scale")),
                 "recipe": _or_null(_table(_plain)),
             },
             required=("workload", "tuning", "mode"),
@@ -365,18 +381,20 @@ RECORD = _object(
         "gpu": _or_null(
             _object(
                 {
-                    **dict.fromkeys(("temperature_c_mean", "temperature_c_max"), _or_null(_number)),
-                    **dict.fromkeys(
-                        (
-                            *("sm_clock_mhz_mean", "sm_clock_mhz_min", "sm_clock_mhz_max", "mem_clock_mhz_mean"),
-                            *("power_w_mean", "utilisation_pct_mean", "energy_j", "energy_sampled_j"),
-                        ),
-                        _or_null(_measure),
-                    ),
-                    "energy_source": _or_null(_fits(ENERGY_SOURCE, "source of an energy")),
-                    "throttle_share": _or_null(_table(_or_null(_share))),
-                    **dict.fromkeys(("other_processes", "readings", "failed_readings", "card"), _or_null(_count)),
+                    **GPU,
+                    "cards": _or_null(_each(_object(GPU), MOST_RANKS)),
+                    "card": _or_null(_count),
                     "beside": _or_null(_each(_text, MOST_BESIDE)),
+                }
+            )
+        ),
+        "communication": _or_null(
+            _object(
+                {
+                    "restarts": _or_null(_count),
+                    "rank_train_s": _or_null(_each(_measure, MOST_RANKS)),
+                    "exposed_s": _or_null(_number),  # a difference, which may be negative
+                    **dict.fromkeys(("step_s", "apart_step_s", "add_up_s", "add_up_mib"), _or_null(_measure)),
                 }
             )
         ),

@@ -1,5 +1,9 @@
-"""Where the process of a case starts: it watches its parent from the first moment, since `child` imports for long."""
+"""Where the process of a case starts: it watches its parent from the first moment, since `child` imports for long.
 
+Of a case on several GPUs this is the process of torchrun's agent, which starts the ranks, processes like this one.
+"""
+
+import json
 import os
 import signal
 import sys
@@ -13,12 +17,23 @@ def end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    order = sys.stdin.readline()
+    is_rank = len(sys.argv) > 1
+    text = sys.argv[1] if is_rank else sys.stdin.readline()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
-    from .child import main
+    from . import parallel
     from .order import Order
 
-    main(Order.from_json(order))
+    order = Order.from_json(text)
+    if is_rank:
+        parallel.see_own_gpu()
+    if order.case.gpus > 1 and not is_rank:
+        failure = parallel.launch(text, order.case.gpus, order.restarts)
+        if failure is not None:
+            print("\n" + json.dumps(failure), flush=True)  # a rank may have been ended within a line
+    else:
+        from .child import main
+
+        main(order)
     # taking down CUDA, DALI and the compiler's workers in order takes six seconds on an H200; the parent ends them
     os._exit(0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..models.dcgan import LATENT
+from . import parallel
 from .basis import Coordinates
 from .capture import Captured
 from .muon import Muon
@@ -32,9 +33,9 @@ class Player:
     """
 
     def __init__(self, network: nn.Module, recipe: Recipe, tuning: Tuning, device: torch.device, steps: int) -> None:
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self._coordinates = Coordinates(parameters) if recipe.basis == "frequencies" else None
-        trained = parameters if self._coordinates is None else self._coordinates.trained
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self._coordinates = Coordinates(self.parameters) if recipe.basis == "frequencies" else None
+        trained = self.parameters if self._coordinates is None else self._coordinates.trained
         self.optimizer = make_optimizer(trained, recipe, tuning)
         self.scaler = torch.amp.GradScaler(device.type, enabled=tuning.precision == "fp16")
         self._new_scaler = self.scaler.state_dict()
@@ -72,7 +73,9 @@ class Player:
         for group, rate in zip(self.optimizer.param_groups, self._ahead[0], strict=True):
             group["lr"] = rate
         self._ahead = self._ahead[1:]
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(parallel.share(loss)).backward()
+        # before the scaler looks for what is not finite: all ranks find the same
+        parallel.add_up([weight.grad for weight in self.parameters if weight.grad is not None])
         if self._coordinates is not None:
             self._coordinates.take_gradients()
         self.scaler.step(self.optimizer)
@@ -178,9 +181,10 @@ def make_step(
     """
     make = _adversarial_step if workload.objective == "adversarial" else _plain_step
     one_batch, players = make(workload, network, tuning, device, steps)
+    own_batch = workload.recipe.batch_size // parallel.ranks()
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        batches = list(zip(*(rows.split(workload.recipe.batch_size) for rows in (images, labels)), strict=True))
+        batches = list(zip(*(rows.split(own_batch) for rows in (images, labels)), strict=True))
         for player in players:
             player.begin(len(batches))
         losses = [one_batch(*batch) for batch in batches]

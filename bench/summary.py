@@ -51,6 +51,7 @@ class Row:
     tuning: str | None
     mode: str | None
     gpus: float | None
+    scaling: str | None
     recipe: Mapping[str, Any]
     batch_size: float | None
     timing_version: float | None
@@ -65,6 +66,7 @@ class Row:
     eager_ids: tuple[str, ...] = ()  # the records that it is compared with
     differs_from_eager: tuple[str, ...] = ()  # what else than the tuning sets this row's recipe apart from eager's
     share_of_compute: float | None = None  # end to end, of the same case's speed without a loader: the rest is waiting
+    scaling_efficiency: float | None = None  # of several GPUs: of the same case's speed on one, times their number
     eval_images_per_s: float | None
     peak_allocated_mib: float | None
     peak_reserved_mib: float | None
@@ -117,13 +119,17 @@ def summarise(records: Iterable[Record]) -> list[Row]:
     by_age = [_row(group) for group in sorted(groups.values(), key=lambda group: _when(group[-1]))]
     eager: dict[tuple, list[Row]] = {}
     compute: dict[tuple, Row] = {}
+    alone: dict[tuple, Row] = {}
     for row in by_age:
         if row.ok and row.tuning == "eager":
             eager.setdefault(_contest(row), []).append(row)
         if row.ok and row.mode == "compute":
             compute[_without_mode(row)] = row
+        if row.ok and row.gpus == 1:
+            alone[_on_one(row)] = row
     compared = (_beside_eager(row, eager.get(_contest(row), [])) for row in by_age)
-    return sorted((_beside_compute(row, compute.get(_without_mode(row))) for row in compared), key=order)
+    compared = (_beside_compute(row, compute.get(_without_mode(row))) for row in compared)
+    return sorted((_beside_one(row, alone.get(_on_one(row))) for row in compared), key=order)
 
 
 def _row(group: Sequence[Record]) -> Row:
@@ -173,6 +179,7 @@ def _row(group: Sequence[Record]) -> Row:
         tuning=_text(newest, "case", "tuning"),
         mode=_text(newest, "case", "mode"),
         gpus=_number(newest, "case", "gpus"),
+        scaling=_text(newest, "case", "scaling"),
         recipe=recipe,
         batch_size=_number(recipe, "batch_size"),
         timing_version=_number(newest, "timing", "timing_version"),
@@ -335,6 +342,22 @@ def _beside_compute(row: Row, compute: Row | None) -> Row:
     return replace(row, share_of_compute=row.images_per_s / compute.images_per_s)
 
 
+def _beside_one(row: Row, one: Row | None) -> Row:
+    """`row`, if it is of several GPUs, with its share of so many times the same case's speed on one."""
+    if not row.ok or one is None or row.gpus is None or row.gpus <= 1 or not row.images_per_s or not one.images_per_s:
+        return row
+    return replace(row, scaling_efficiency=row.images_per_s / (row.gpus * one.images_per_s))
+
+
+def _on_one(row: Row) -> tuple:
+    """What a row shares with that of one GPU: the recipe, under weak scaling with the batch that each GPU has."""
+    batch = row.batch_size
+    recipe = {name: value for name, value in row.recipe.items() if name not in ("batch_size", "learning_rate")}
+    if row.scaling == "weak" and batch is not None and row.gpus:
+        batch /= row.gpus
+    return *_contest(replace(row, gpus=1, scaling=None)), row.tuning, batch, _key(recipe)
+
+
 def _without_mode(row: Row) -> tuple:
     return *_contest(replace(row, mode=None)), row.tuning, _key(row.recipe)
 
@@ -342,7 +365,17 @@ def _without_mode(row: Row) -> tuple:
 def _contest(row: Row) -> tuple:
     """What two rows share whose speeds may be divided."""
     data = row.synthetic, row.data_label, _key(row.data_sha256)
-    return row.machine, row.suite, row.workload, row.division, row.mode, row.gpus, row.timing_version, *data
+    return (
+        row.machine,
+        row.suite,
+        row.workload,
+        row.division,
+        row.mode,
+        row.gpus,
+        row.scaling,
+        row.timing_version,
+        *data,
+    )
 
 
 def _differences(recipe: Mapping[str, Any], eager: Mapping[str, Any]) -> tuple[str, ...]:
@@ -366,7 +399,7 @@ def order(row: Row) -> tuple:
     """Sort key: by workload, then end to end first, then tuned before eager, what failed last."""
     modes, tunings = ("e2e", "compute", "loader"), tuple(reversed(LADDER))
     return (
-        *(row.workload or "", row.division != "closed", row.division or "", row.gpus or 0),
+        *(row.workload or "", row.division != "closed", row.division or "", row.gpus or 0, row.scaling or ""),
         *(rank(row.mode, modes), row.mode or "", rank(row.tuning, tunings), row.tuning or ""),
         *(not row.ok, row.batch_size or 0, row.status, row.ids),
     )
@@ -385,12 +418,12 @@ def _when(record: Record) -> tuple[str, str]:
 
 
 def _case(record: Record) -> str:
-    names = ("workload", "division", "tuning", "mode", "suite", "seed", "seeds", "gpus")
+    names = ("workload", "division", "tuning", "mode", "suite", "seed", "seeds", "gpus", "scaling")
     return _key(at(record, "machine", "slug"), *(at(record, "case", name) for name in names))
 
 
 def _comparable(record: Record) -> str:
-    names = ("workload", "division", "tuning", "mode", "suite", "seeds", "gpus", "recipe")
+    names = ("workload", "division", "tuning", "mode", "suite", "seeds", "gpus", "scaling", "recipe")
     case = (at(record, "case", name) for name in names)
     return _key(at(record, "machine", "slug"), *case, _data(record), at(record, "timing", "timing_version"))
 

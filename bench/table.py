@@ -136,6 +136,9 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
     energy = {"energy": Column(header="energy, J/1,000 images", right=True, cell=lambda row: _energy(row, notes))}
     share = {"share": Column(header="share of ceilings", right=True, cell=lambda row: _percent(row.share_of_card))}
     waits = {"waits": Column(header="of compute-only", right=True, cell=lambda row: _percent(row.share_of_compute))}
+    scaling = {
+        "scaling": Column(header="of one GPU × n", right=True, cell=lambda row: _percent(row.scaling_efficiency))
+    }
     host = {
         "host": Column(header="peak memory, host RSS, MiB", right=True, cell=lambda row: figure(row.host_rss_peak_mib))
     }
@@ -148,6 +151,7 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
         "images": Column(header="images/s", right=True, cell=lambda row: _images(row, notes)),
         "speedup": Column(header="speed-up over eager", right=True, cell=lambda row: _speedup(row, notes)),
         **(waits if any(row.share_of_compute is not None for row in section.rows) else {}),
+        **(scaling if any(row.scaling_efficiency is not None for row in section.rows) else {}),
         **(share if any(row.share_of_card is not None for row in section.rows) else {}),
         **(memory if section.on_gpu else host),
         **(energy if any(row.energy_j_per_1000_images is not None for row in section.rows) else {}),
@@ -160,12 +164,12 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
 
 
 def _visible(row: Row) -> tuple:
-    return row.workload, row.division, row.gpus, row.tuning, row.mode, row.ok
+    return row.workload, row.division, row.gpus, row.scaling, row.tuning, row.mode, row.ok
 
 
 def _workload(row: Row) -> str:
     division = f", {row.division}" if row.division not in ("closed", None) else ""
-    gpus = f", {row.gpus:,.0f} GPUs" if row.gpus is not None and row.gpus > 1 else ""
+    gpus = f", {row.gpus:,.0f} GPUs {row.scaling or ''}".rstrip() if row.gpus is not None and row.gpus > 1 else ""
     return (row.workload or MISSING) + division + gpus
 
 
@@ -496,7 +500,7 @@ def _pairs(section_rows: Sequence[Row]) -> list[tuple[Row | None, Row | None]]:
 def _paired(tuned: Row, eager: Row) -> bool:
     if tuned.ok and eager.ok:
         return tuned.eager_ids == eager.ids
-    names = ("workload", "division", "gpus")
+    names = ("workload", "division", "gpus", "scaling")
     return not tuned.eager_ids and all(getattr(tuned, name) == getattr(eager, name) for name in names)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.utils import make_grid
 
 from ..models.dcgan import LATENT
+from . import parallel
 from .capture import Captured
 from .data.loader import Batch, Loader
 from .measure import BlockClock
@@ -87,9 +88,18 @@ def _checked(steps: int, loss: torch.Tensor) -> tuple[int, float]:
 def make_evaluation(
     workload: Workload, network: nn.Module, loader: Loader, tuning: Tuning, device: torch.device
 ) -> Evaluate:
-    """The function that judges `network` on `loader`'s images by the workload's metric."""
+    """The function that judges `network` by the workload's metric, on the images of all ranks' loaders together.
+
+    Of generated images each rank judges all, on all held-out ones: `loader` brings those in every rank.
+    """
     maker = {"classify": _classification, "reconstruct": _reconstruction, "adversarial": _generation}
-    return maker[workload.objective](network, loader, tuning, device)
+    judge = maker[workload.objective](network, loader, tuning, device)
+
+    def evaluate() -> Evaluation:
+        parallel.average_statistics(network)
+        return judge()
+
+    return evaluate
 
 
 def _classification(network: nn.Module, loader: Loader, tuning: Tuning, device: torch.device) -> Evaluate:
@@ -110,7 +120,8 @@ def _classification(network: nn.Module, loader: Loader, tuning: Tuning, device: 
             right += judge(batch.images, batch.labels)[: batch.valid].sum()
             images += batch.valid
         network.train()
-        return Evaluation(100.0 * right.item() / images, {}, images, None)
+        right_of_all, of_all = parallel.total(torch.stack([right, right.new_tensor(images)])).tolist()
+        return Evaluation(100.0 * right_of_all / of_all, {}, of_all, None)
 
     return evaluate
 
@@ -139,8 +150,8 @@ def _reconstruction(network: nn.Module, loader: Loader, tuning: Tuning, device: 
                 few = min(PICTURED // 2, batch.valid)
                 picture = make_grid(torch.cat([batch.images[:few], rebuilt[:few].clamp(0, 1)]), nrow=few)
         network.train()
-        mean_psnr, mean_ssim = (totals / images).tolist()
-        return Evaluation(mean_psnr, {"ssim": mean_ssim}, images, picture)
+        psnr_sum, ssim_sum, of_all = parallel.total(torch.cat([totals, totals.new_tensor([images])])).tolist()
+        return Evaluation(psnr_sum / of_all, {"ssim": ssim_sum / of_all}, int(of_all), picture)
 
     return evaluate
 

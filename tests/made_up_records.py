@@ -37,6 +37,7 @@ def make(number: int, **changes: Any) -> dict[str, Any]:
             "suite": "full",
             "seed": 0,
             "gpus": 1,
+            "scaling": None,
             "recipe": {"batch_size": 128, "epochs": 2, "lr": 0.01},
         },
         "status": "ok",

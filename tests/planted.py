@@ -92,17 +92,19 @@ def units_for(seconds: float) -> int:
 
 
 def fill(side: Checkout, contest: Contest, folder: Path, runs: int) -> None:
-    """Fresh processes until the folder holds so many records."""
+    """Fresh processes until the folder holds so many records; a run that was cut off with the experiment is none."""
     folder.mkdir(parents=True, exist_ok=True)
-    missing = runs - len(whole(folder))
+    for path in folder.glob("*/*/*.json"):
+        if json.loads(path.read_text())["status"] == "killed":
+            path.unlink()
+    missing = runs - len(records_in(folder))
     if missing > 0:
         print(f"{folder}: {missing} of {runs} runs", flush=True)
         run_side(side, contest, seed=0, results=folder, repeats=missing)
 
 
-def whole(folder: Path) -> list[Record]:
-    """The folder's records, but for runs that were cut off with the experiment."""
-    return [record for record in gate.read_records(str(folder), folder) if record["status"] != "killed"]
+def records_in(folder: Path) -> list[Record]:
+    return gate.read_records(str(folder), folder)
 
 
 def main() -> int:
@@ -124,7 +126,7 @@ def main() -> int:
     fill(calm, contest, folder / "baseline", options.baseline)
     slug = machine.describe()["slug"]
     if not (folder / "results" / slug / gate.NAME).exists():
-        gate.update(whole(folder / "baseline"), folder / "results")
+        gate.update(records_in(folder / "baseline"), folder / "results")
     (side,) = sides(gate.baseline_records(folder / "results", slug)).values()
     step = median([time for run in side.runs if (time := step_s(run)) is not None])
 

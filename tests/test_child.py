@@ -95,16 +95,20 @@ def test_a_whole_record_has_every_key_of_its_description(data: Path, tmp_path: P
     record = runner.run(EAGER, data=data, results=tmp_path, machine=here, listen=lambda event: None)
     assert (record["status"], record["reason"]) == ("ok", None)
     keys = documented()
-    sections = {"case", "timing", "throughput", "memory", "accuracy", "compile", "data", "machine", "gpu", "roofline"}
+    sections = {*records.SECTIONS, "case", "machine"}
     assert set(keys) == sections
     for name in ("case", "timing", "throughput", "memory", "data", "machine", "roofline"):
         assert set(record[name]) == keys[name], name
     assert set(record["accuracy"]) == keys["accuracy"] - {"pictures"}  # a classifier makes none
-    assert record["compile"] is None
+    assert record["compile"] is record["communication"] is None
     assert record["roofline"]["flop_per_s"] == pytest.approx(32.7e6 * record["throughput"]["images_per_s"], rel=0.01)
     assert record["roofline"]["ceiling_flop_per_s"] is record["roofline"]["share"] is None  # nobody measured them
     assert set(record) == {*keys, "schema", "id", "created_utc", "status", "reason", "code"}
-    assert keys["gpu"] == {*seen(1.0), "failed_readings"}  # which tests/test_gpu.py compares with what the sampler says
+    assert keys["gpu"] == {
+        *seen(1.0),
+        "failed_readings",
+        "cards",
+    }  # which tests/test_gpu.py compares with what the sampler says
 
     timing, throughput = record["timing"], record["throughput"]
     assert timing["steps"] == 4  # two epochs of 300 images at batch 128

@@ -24,8 +24,8 @@ from netdyno.bench.workloads import Case, describe, find, names, resolve
 # A new option is a decision: settings of a case belong into bench/workloads.py and bench/tuning.py.
 COMMAND_LINE = """
 list
-run [WORKLOAD]... --suite --tuning --mode --seed --seeds --repeats --resume --parallel --results --data --trace \
---find-batch-size
+run [WORKLOAD]... --suite --tuning --mode --gpus --scaling --restarts --seed --seeds --repeats --resume --parallel \
+--results --data --trace --find-batch-size
 table --results --format
 compare OLD NEW --results
 gate NEW --results --json --junit --markdown
@@ -341,6 +341,7 @@ def test_the_largest_batch_of_each_case(
     netdyno: Any, runs: Runs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert "--find-batch-size needs a CUDA GPU" in netdyno("run", "mnist-cnn", "--find-batch-size").err
+    assert "leave one of them out" in netdyno("run", "mnist-cnn", "--parallel", "--gpus", "2").err
     monkeypatch.setattr(machine, "describe", lambda: {"slug": "a-card", "gpu": "a card", "versions": {}})
     assert "leave --parallel out" in netdyno("run", "mnist-cnn", "--parallel", "--find-batch-size").err
     loads = netdyno("run", "mnist-cnn", "--mode", "loader", "--find-batch-size")

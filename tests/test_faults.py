@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,73 @@ def test_ten_writers(forks: Any, tmp_path: Path, stand_in: tuple[str, ...], reco
     suite.repeats = len(records)
     suite.end()
     assert suite.lost == []
+
+
+def rank_of(folder: Path, rank: int) -> int | None:
+    """The process of one rank of a run; None before there is one."""
+    for pid in processes_of(folder):
+        with suppress(OSError):
+            what = Path(f"/proc/{pid}/cmdline").read_bytes(), Path(f"/proc/{pid}/environ").read_bytes()
+            if b"netdyno.bench.start\0{" in what[0] and f"\0RANK={rank}\0".encode() in what[1]:
+                return pid
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.fault("a rank killed at a random moment")
+def test_killed_ranks(
+    tmp_path: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch, record_property: Tell
+) -> None:
+    """One of two, that train on the CPU: the other one ends too, and the record says whose fault it was."""
+    monkeypatch.setenv(MARK, str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    results, case = tmp_path / "results", replace(EAGER, gpus=2)
+    chance, kills, killed = random.Random(8), times(1, 10), 0
+    lost: list[str] = []
+    ended = threading.Event()
+    moments: list[float] = []  # of the start of a rank, and of its end or its kill
+
+    def kill(rank: int, after_s: float) -> None:
+        while (pid := rank_of(tmp_path, rank)) is None and not ended.wait(0.01):
+            continue
+        moments.append(time.monotonic())
+        if pid is not None and not ended.wait(after_s):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        moments.append(time.monotonic())
+
+    def run(rank: int, after_s: float) -> dict[str, Any]:
+        ended.clear()
+        moments.clear()
+        killer = threading.Thread(target=kill, args=(rank, after_s))
+        killer.start()
+        record = runner.run(case, data=tmp_path / "data", results=results, machine=MACHINE, listen=lambda event: None)
+        ended.set()
+        killer.join()
+        return record
+
+    whole = run(0, 600.0)
+    assert whole["status"] == "ok", whole["reason"]
+    lasts_s = moments[1] - moments[0]
+    while killed < kills:
+        rank = chance.randrange(2)
+        record = run(rank, chance.uniform(0, lasts_s))
+        took_s = time.monotonic() - moments[1]
+        if record["status"] == "ok":  # it was faster this time
+            continue
+        killed += 1
+        if (record["status"], record["reason"]) != ("failed", f"rank {rank} was ended by SIGKILL"):
+            lost.append(f"{record['status']}: {record['reason']}")
+        if took_s > 60:
+            lost.append(f"the other rank lived on for {took_s:.0f} s")
+        lost += [f"processes that outlive it: {left}" for left in survivors(tmp_path)]
+    records, problems = schema.read_all(results)
+    lost += problems
+    assert len([record for record in records if record["status"] == "failed"]) == kills
+    assert [path for path in results.rglob(".*") if path.is_file()] == []
+    record_property("tried", kills)
+    record_property("lost", len(lost))
+    assert not lost
 
 
 # one case, in this process

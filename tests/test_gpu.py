@@ -11,7 +11,17 @@ import pytest
 from made_up_records import seen
 
 from netdyno.bench import gpu
-from netdyno.bench.gpu import Border, Gpu, Reading, Sampler, busy_clocks_mhz, counted_energy_j, energies, settled
+from netdyno.bench.gpu import (
+    Border,
+    Gpu,
+    Reading,
+    Sampler,
+    busy_clocks_mhz,
+    counted_energy_j,
+    energies,
+    settled,
+    together,
+)
 
 UUIDS = ["GPU-aaaa1111-0000", "GPU-bbbb2222-0000"]
 SLICE = "MIG-cccc3333-0000"
@@ -441,3 +451,26 @@ def test_without_a_gpu_the_sampler_idles() -> None:
         assert threading.active_count() == threads
     assert sampler.process_peak_mib is None
     assert sampler.summary() is None
+
+
+def test_several_cards_make_one_summary() -> None:
+    one = {"power_w_mean": 300.0, "sm_clock_mhz_mean": 1900.0, "sm_clock_mhz_min": 1800.0, "sm_clock_mhz_max": 1980.0}
+    one |= {"energy_j": 100.0, "energy_source": "counter", "throttle_share": {"sw_power_cap": 0.2}, "readings": 12}
+    two = {"power_w_mean": 200.0, "sm_clock_mhz_mean": 1950.0, "sm_clock_mhz_min": 1900.0, "sm_clock_mhz_max": 1965.0}
+    two |= {"energy_j": 80.0, "energy_source": "sampled", "throttle_share": {}, "readings": 10, "failed_readings": 1}
+    assert together([one]) is one
+    assert together([None, None]) is None
+    assert together([one, two]) == {
+        "cards": [one, two],
+        "power_w_mean": 500.0,
+        "sm_clock_mhz_mean": 1925.0,
+        "sm_clock_mhz_min": 1800.0,
+        "sm_clock_mhz_max": 1980.0,
+        "energy_j": 180.0,
+        "energy_source": "sampled",
+        "throttle_share": {"sw_power_cap": 0.2},
+        "readings": 10,
+        "failed_readings": 1,
+    }
+    silent = {name: value for name, value in two.items() if not name.startswith("energy")}
+    assert {"energy_j", "energy_source"}.isdisjoint(together([one, silent]) or {})  # of all cards or of none

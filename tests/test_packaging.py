@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bench", "models", "kernels")
 WITHOUT_TORCH = (
     *("stats", "table", "record", "schema", "collect", "fleet", "report.html", "report.markdown", "report.export"),
-    *("layers", "roofline", "cards", "project", "projected"),
+    *("layers", "roofline", "cards", "project", "projected", "scaling"),
 )
 
 

@@ -43,7 +43,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 def test_a_new_record_has_every_key_and_no_measurement() -> None:
     case, machine = {"workload": "mnist-cnn"}, {"slug": "a"}
     made = new_record(case, machine)
-    sections = "timing throughput memory accuracy compile gpu roofline data"
+    sections = "timing throughput memory accuracy compile gpu communication roofline data"
     assert " ".join(made) == f"schema id created_utc case status reason {sections} machine code"
     assert (made["schema"], made["case"], made["machine"]) == (1, case, machine)
     assert made["status"] != "ok"  # a run that says nothing more has failed

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from made_up_records import make
+from made_up_records import CPU, make
 
 from netdyno.bench import schema
 from netdyno.bench.cards import CARDS
@@ -175,3 +175,18 @@ def test_ceilings_are_those_of_the_precision() -> None:
 )
 def test_nothing_to_say(changes: dict[str, Any]) -> None:
     assert achieved(trained(**changes), CEILINGS) is None
+
+
+def test_each_gpu_brings_its_ceilings() -> None:
+    one = achieved(trained(), CEILINGS)
+    recipe = {"batch_size": 200, "epochs": 2, "optimizer": "sgd"}  # 100 on each
+    two = achieved(trained(images_per_s=2e6, recipe=recipe, gpus=2), CEILINGS)
+    shared = achieved(trained(recipe=recipe, gpus=2, machine=CPU), CEILINGS)  # two processes on one CPU
+    assert one is not None
+    assert two is not None
+    assert shared is not None
+    assert two["share"] == pytest.approx(one["share"])
+    assert two["ceiling_flop_per_s"] == 2 * 8e14
+    assert two["bytes_per_s"] == pytest.approx(2 * one["bytes_per_s"])
+    assert shared["share"] == pytest.approx(one["share"])
+    assert shared["ceiling_bytes_per_s"] == 4e12

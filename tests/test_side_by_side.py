@@ -1,6 +1,5 @@
 """Cases spread over cards. Cards are names here and cases functions: it shows who runs when, and no GPU's speed."""
 
-import _thread
 import signal
 import threading
 import time
@@ -9,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from netdyno.bench.errors import UserError
-from netdyno.bench.side_by_side import spread
 from netdyno.bench.runner import Post
+from netdyno.bench.side_by_side import spread
 from netdyno.bench.workloads import Case
 
 CARDS = ("GPU-a", "GPU-b")
@@ -85,7 +84,7 @@ def test_ctrl_c_reaches_every_card() -> None:
 
     def run(number: int, case: Case, post: Post) -> None:
         if both.wait(PATIENCE_S) == 0:
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it up, as a terminal's does
         assert post.stop.wait(PATIENCE_S)
         time.sleep(0.1)  # its record is written
         ended.append(number)

@@ -171,6 +171,28 @@ def test_no_speedup_across_what_may_not_be_compared(changes: dict[str, Any]) -> 
     assert tuned.speedup_over_eager is None
 
 
+def test_scaling_efficiency_is_of_the_same_batch_on_each_gpu() -> None:
+    def recipe(batch: int, rate: float) -> dict[str, Any]:
+        return {"batch_size": batch, "learning_rate": rate, "epochs": 2}
+
+    one = make(1, images_per_s=1_000.0, recipe=recipe(128, 0.1))
+    other = make(2, images_per_s=3_000.0, recipe=recipe(256, 0.1))
+    weak = make(3, images_per_s=1_900.0, recipe=recipe(256, 0.2), gpus=2, scaling="weak")
+    strong = make(4, images_per_s=4_500.0, recipe=recipe(256, 0.1), gpus=2, scaling="strong")
+    found = {(row.gpus, row.scaling): row.scaling_efficiency for row in summarise([one, other, weak, strong])}
+    assert found == {(1, None): None, (2, "weak"): 0.95, (2, "strong"): 0.75}
+    assert summarise([weak, other])[1].scaling_efficiency is None
+    assert summarise([weak, one | {"machine": CPU}])[1].scaling_efficiency is None
+    assert (
+        summarise([weak, make(5, status="failed", reason="x", recipe=recipe(128, 0.1))])[1].scaling_efficiency is None
+    )
+
+
+def test_ways_to_scale_are_apart() -> None:
+    records = [make(number, gpus=2, scaling=scaling) for number, scaling in enumerate(("weak", "strong", "weak"))]
+    assert [(row.scaling, row.n) for row in summarise(records)] == [("strong", 1), ("weak", 2)]
+
+
 def test_eager_of_the_same_recipe_is_preferred_and_a_difference_is_told() -> None:
     small, large = {"batch_size": 128, "lr": 0.01}, {"batch_size": 2048, "lr": 0.1}
     same = make(1, images_per_s=100.0, recipe=large, **EAGER)

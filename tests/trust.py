@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from planted import HOARD, ROOT, SPIN, Planted, copy, fill, in_each_step, units_for, whole
+from planted import HOARD, ROOT, SPIN, Planted, copy, fill, in_each_step, records_in, units_for
 
 from netdyno.bench import machine
 from netdyno.bench.ab import Checkout, Contest, parse_case
@@ -94,7 +94,7 @@ class Series:
             workload=workload, tuning=tuning, mode=mode, suite=suite, repeats=0, budget_s=0, results=place, data=None
         )
         fill(self.checkout(name, planted), contest, place, runs)
-        return sorted(whole(place), key=lambda record: record["id"])[:runs]
+        return sorted(records_in(place), key=lambda record: record["id"])[:runs]
 
     def checkout(self, name: str, planted: Planted | None) -> Checkout:
         """The copy called `name`. It starts from the compiled code of the calm one, which has run before."""

@@ -8,6 +8,7 @@ so that it depends on their number.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from torchvision import transforms
 
 from ..errors import UserError
-from .loader import Batch, Loader, check_array_set, check_jpeg_set, count_epoch, labels_or_zeros
+from .loader import (
+    WHOLE,
+    Batch,
+    Loader,
+    Share,
+    check_array_set,
+    check_jpeg_set,
+    count_epoch,
+    labels_or_zeros,
+)
 from .prepared import decoding
 
 if TYPE_CHECKING:
@@ -38,14 +48,18 @@ def array_loader(
     dtype: torch.dtype,
     channels_last: bool = True,
     workers: int,
+    share: Share = WHOLE,
 ) -> Loader:
-    """Batches of uint8 `images` [N, H, W, C] with int64 `labels` [N]; `workers` processes, 0: none."""
+    """Batches of uint8 `images` [N, H, W, C] with int64 `labels` [N]; `workers` processes, 0: none.
+
+    `share`: what of a training set is this rank's, in batches of `batch_size`.
+    """
     check_array_set(images, preprocess)
     steps: list[object] = []
     if train and preprocess.crop_padding:
         steps.append(transforms.RandomCrop(images.shape[1:3], padding=preprocess.crop_padding, padding_mode="reflect"))
     dataset = _Images(images, labels_or_zeros(labels, len(images)), _transform(steps, preprocess, train))
-    return _BaselineLoader(dataset, batch_size, train, seed, device, dtype, channels_last, workers)
+    return _BaselineLoader(dataset, batch_size, train, seed, device, dtype, channels_last, workers, share)
 
 
 def jpeg_loader(
@@ -60,6 +74,7 @@ def jpeg_loader(
     dtype: torch.dtype,
     channels_last: bool = True,
     workers: int,
+    share: Share = WHOLE,
 ) -> Loader:
     """Batches of JPEG `files` with int64 `labels` [N], resized; UserError, in mid-epoch, names one that is broken."""
     side = check_jpeg_set(preprocess)
@@ -74,7 +89,7 @@ def jpeg_loader(
             )
         )
     dataset = _Images(files, labels_or_zeros(labels, len(files)), _transform(steps, preprocess, train))
-    return _BaselineLoader(dataset, batch_size, train, seed, device, dtype, channels_last, workers)
+    return _BaselineLoader(dataset, batch_size, train, seed, device, dtype, channels_last, workers, share)
 
 
 def _transform(steps: list[object], preprocess: Preprocess, train: bool) -> transforms.Compose:
@@ -104,6 +119,19 @@ class _Images(Dataset[tuple[Tensor, int]]):
         return self._transform(image), int(self._labels[i])
 
 
+class _Part(Sampler[int]):
+    """The first `count` rows of one rank's share of those that a sampler brings."""
+
+    def __init__(self, rows: Sampler[int], share: Share, count: int) -> None:
+        self._rows, self._share, self._count = rows, share, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self._rows, self._share.rank, self._count * self._share.ranks, self._share.ranks)
+
+
 class _BaselineLoader:
     """A `Loader` over a `DataLoader`."""
 
@@ -119,21 +147,26 @@ class _BaselineLoader:
         dtype: torch.dtype,
         channels_last: bool,
         workers: int,
+        share: Share,
     ) -> None:
-        self.batches_per_epoch, self.images_per_epoch = count_epoch(len(dataset), batch_size, train=train)
+        self.batches_per_epoch, self.images_per_epoch = count_epoch(
+            len(dataset), batch_size, train=train, ranks=share.ranks
+        )
         self._batch_size = batch_size
         self._seed = seed
         self._device = device
         self._dtype = dtype
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._next_epoch = 0
-        self._order = torch.Generator()
+        self._rank = share.rank
+        self._order = torch.Generator()  # the same in every rank
+        self._moves = torch.Generator()  # what augmentation is drawn from: another one in each
+        rows: Sampler[int] = RandomSampler(dataset, generator=self._order) if train else SequentialSampler(dataset)
         self._loader: DataLoader | None = DataLoader(
             dataset,
             batch_size,
-            shuffle=train,
-            drop_last=train,
-            generator=self._order,
+            sampler=_Part(rows, share, self.images_per_epoch),
+            generator=self._moves,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
@@ -150,8 +183,9 @@ class _BaselineLoader:
     def _batches(self, epoch: int) -> Iterator[Batch]:
         if self._loader is None:
             raise RuntimeError("this loader is closed")
-        self._order.manual_seed(int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0]))
-        for images, labels in _in_own_random_state(self._loader, self._order):
+        self._order.manual_seed(_mixed(self._seed, epoch))
+        self._moves.manual_seed(_mixed(self._seed, epoch, 1 + self._rank))
+        for images, labels in _in_own_random_state(self._loader, self._moves):
             valid = len(images)
             if valid < self._batch_size:
                 padding = self._batch_size - valid
@@ -164,11 +198,16 @@ class _BaselineLoader:
             )
 
 
-def _in_own_random_state(loader: DataLoader, order: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def _mixed(*numbers: int) -> int:
+    """A seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _in_own_random_state(loader: DataLoader, moves: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """The loader's batches; without workers its transforms draw from torch's global generator, which training also
     uses: they get it in a state that depends on the epoch alone and leave it as it was."""
     batches = iter(loader)
-    own = torch.Generator().manual_seed(order.initial_seed()).get_state()
+    own = torch.Generator().manual_seed(moves.initial_seed()).get_state()
     while True:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(own)

@@ -15,7 +15,6 @@ device is busy with the first batches of this one, also across the border of epo
 from __future__ import annotations
 
 import itertools
-import os
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +28,18 @@ import torch
 from torch import Tensor
 
 from ...kernels.augment import augment
+from .. import parallel
 from ..errors import UserError
-from .loader import Batch, Loader, check_array_set, check_jpeg_set, count_epoch, labels_or_zeros
+from .loader import (
+    WHOLE,
+    Batch,
+    Loader,
+    Share,
+    check_array_set,
+    check_jpeg_set,
+    count_epoch,
+    labels_or_zeros,
+)
 from .prepared import check_decodes, read_jpeg
 
 if TYPE_CHECKING:
@@ -58,14 +67,15 @@ def array_loader(
     dtype: torch.dtype,
     channels_last: bool = True,
     into: Batch | None = None,
+    share: Share = WHOLE,
 ) -> Loader:
     """Batches of uint8 `images` [N, H, W, C], which may be memory-mapped, with int64 `labels` [N].
 
     `into`, channels last, is the memory that all batches come in, as many at a time as it holds; without it each batch
-    has memory of its own.
+    has memory of its own. `share`: what of a training set is this rank's, in batches of `batch_size`.
     """
     check_array_set(images, preprocess)
-    batches, images_per_epoch = count_epoch(len(images), batch_size, train=train)
+    batches, images_per_epoch = count_epoch(len(images), batch_size, train=train, ranks=share.ranks)
     at_once = 1 if into is None else into.batches
     resident = is_resident(images)
     batches_per_run = batches
@@ -81,6 +91,7 @@ def array_loader(
         preprocess=preprocess if train else _unmoved(preprocess),
         seed=seed,
         shuffle=train,
+        share=share,
     )
     dali, fn, types = import_dali()
     dtypes, ndims = [types.INT64, types.INT32, types.UINT8], [1, 2, 1]
@@ -114,9 +125,9 @@ def is_resident(images: np.ndarray) -> bool:
     return images.nbytes <= RESIDENT_BYTES
 
 
-def batches_at_once(images: np.ndarray, batch_size: int) -> int:
-    """How many training batches of `images` [N, H, W, C] a captured step best takes at a time."""
-    batches, _ = count_epoch(len(images), batch_size, train=True)
+def batches_at_once(images: np.ndarray, batch_size: int, ranks: int = 1) -> int:
+    """How many training batches of `images` [N, H, W, C] a rank's captured step best takes at a time."""
+    batches, _ = count_epoch(len(images), batch_size, train=True, ranks=ranks)
     return _spread(batches, min(STEPS_AT_ONCE, batches // PARTS_OF_EPOCH, _super_batch(images) // batch_size))
 
 
@@ -143,14 +154,15 @@ def jpeg_loader(
     dtype: torch.dtype,
     channels_last: bool = True,
     into: Batch | None = None,
+    share: Share = WHOLE,
 ) -> Loader:
     """Batches of JPEG `files` with int64 `labels` [N], resized to `preprocess.image_size`.
 
-    `into`, of one batch, channels last, is the memory that all batches come in. The encoded files are read into memory
-    once. UserError names a file that cannot be read or decoded.
+    `into`, of one batch, channels last, is the memory that all batches come in; `share` is as for arrays. The encoded
+    files are read into memory once. UserError names a file that cannot be read or decoded.
     """
     side = check_jpeg_set(preprocess)
-    batches, images_per_epoch = count_epoch(len(files), batch_size, train=train)
+    batches, images_per_epoch = count_epoch(len(files), batch_size, train=train, ranks=share.ranks)
     moves = preprocess if train else _unmoved(preprocess)
     warped = bool(moves.shear_deg or moves.zoom or moves.flip)
     source = _jpeg_batches(
@@ -161,6 +173,7 @@ def jpeg_loader(
         preprocess=moves,
         seed=seed,
         shuffle=train,
+        share=share,
     )
     dali, fn, types = import_dali()
     pipeline = _per_image_pipeline(dali, batch_size, device)
@@ -358,12 +371,14 @@ class _DaliLoader:
 
 
 def _orders(
-    images: int, *, count: int, size: int, preprocess: Preprocess, seed: int, shuffle: bool
+    images: int, *, count: int, size: int, preprocess: Preprocess, seed: int, shuffle: bool, share: Share
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Epoch after epoch, (row numbers, shift, flip) of `size` rows, each with the leading 1 of a DALI batch of one.
 
-    `count` of all `images` an epoch, then padding to whole super-batches.
+    `count` of all `images` an epoch, then padding to whole super-batches. All is drawn as for one rank, and
+    then shared.
     """
+    drawn = count * share.ranks
     first = np.zeros(images, np.uint8)
     if preprocess.flip == "by turns":  # three numbers: two with a zero at the end are the stream of the first epoch
         first = np.random.default_rng((seed, 0, 1)).integers(0, 1, images, np.uint8, endpoint=True)
@@ -371,10 +386,11 @@ def _orders(
         draw = np.random.default_rng((seed, epoch))
         rows = draw.permutation(images) if shuffle else np.arange(images)
         pad = preprocess.crop_padding
-        shift = draw.integers(-pad, pad, (count, 2), np.int32, endpoint=True)
-        flip = draw.integers(0, int(bool(preprocess.flip)), count, np.uint8, endpoint=True)
+        shift = draw.integers(-pad, pad, (drawn, 2), np.int32, endpoint=True)
+        flip = draw.integers(0, int(bool(preprocess.flip)), drawn, np.uint8, endpoint=True)
         if preprocess.flip == "by turns":
-            flip = first[rows[:count]] ^ (epoch % 2)
+            flip = first[rows[:drawn]] ^ (epoch % 2)
+        rows, shift, flip = share.of(rows[:drawn]), share.of(shift), share.of(flip)
         for part in _parts(count, size):
             yield rows[part][None], shift[part][None], flip[part][None]
 
@@ -418,12 +434,15 @@ def _jpeg_batches(
     preprocess: Preprocess,
     seed: int,
     shuffle: bool,
+    share: Share,
 ) -> Generator[tuple[list[np.ndarray], np.ndarray, np.ndarray], None, None]:
     """Epoch after epoch, (encoded files, labels, affine maps) of one batch; padding after `count` images."""
+    drawn = count * share.ranks
     for epoch in itertools.count():
         draw = np.random.default_rng((seed, epoch))
         rows = draw.permutation(len(encoded)) if shuffle else np.arange(len(encoded))
-        maps = _affine_maps(count, preprocess, draw)
+        maps = share.of(_affine_maps(drawn, preprocess, draw))
+        rows = share.of(rows[:drawn])
         for part in _parts(count, batch_size):
             yield [encoded[row] for row in rows[part]], labels[rows[part]], maps[part]
 
@@ -486,9 +505,8 @@ def _to_device(node: Any, device: torch.device) -> Any:
 
 
 def _per_image_pipeline(dali: ModuleType, batch_size: int, device: torch.device) -> Any:
-    threads = len(os.sched_getaffinity(0))
     return dali.Pipeline(
-        batch_size=batch_size, num_threads=threads, device_id=_device_id(device), prefetch_queue_depth=2
+        batch_size=batch_size, num_threads=parallel.cores(), device_id=_device_id(device), prefetch_queue_depth=2
     )
 
 

@@ -32,8 +32,9 @@ class Loader(Protocol):
     """Epochs of batches of one constant shape.
 
     Training: order and augmentation differ by (seed, epoch) and are reproducible, each image comes at most once an
-    epoch and the last partial batch is dropped. Evaluation: stored order, nothing random, each image exactly once, the
-    last batch padded. `epoch()` begins the next epoch also when the one before was left half-way.
+    epoch, in one of the ranks, and the last partial batch is dropped. Evaluation: stored order, nothing random, each
+    image exactly once, the last batch padded. `epoch()` begins the next epoch also when the one before was left
+    half-way.
     """
 
     batches_per_epoch: int
@@ -45,11 +46,31 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
-def count_epoch(images: int, batch_size: int, *, train: bool) -> tuple[int, int]:
-    """(batches, images) of an epoch over a set of `images`; UserError where that is nothing."""
-    batches = images // batch_size if train else -(-images // batch_size)
+class Share(NamedTuple):
+    """Which rows of a training epoch a loader brings: every `ranks`-th, from `rank` on.
+
+    So the ranks' k-th batches are, together, the k-th batch of one loader of their sizes' sum.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        return rows[self.rank :: self.ranks]
+
+
+WHOLE = Share()
+
+
+def count_epoch(images: int, batch_size: int, *, train: bool, ranks: int = 1) -> tuple[int, int]:
+    """(batches, images) of one rank's epoch; UserError where that is nothing.
+
+    A training set of `images` is shared by all `ranks`; an evaluation's is the rank's own.
+    """
+    batches = images // (ranks * batch_size) if train else -(-images // batch_size)
     if batches == 0:
-        raise UserError(f"{images} images do not fill one batch of {batch_size}: choose a smaller batch size")
+        whole = ranks * batch_size
+        raise UserError(f"{images} images do not fill one batch of {whole}: choose a smaller batch size")
     return batches, batches * batch_size if train else images
 
 

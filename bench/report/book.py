@@ -218,7 +218,7 @@ def _panels(entries: Sequence[Entry]) -> list[Panel]:
         meant = [
             (scope, contest)
             for scope, contest in known
-            if (scope[0], scope[2]) == (suite, mode) and contest[:3] == _contest(entry.row)[:3]
+            if (scope[0], scope[2]) == (suite, mode) and contest[:4] == _contest(entry.row)[:4]
         ]
         for key in meant or [(_scope(entry.row), _contest(entry.row))]:
             groups.setdefault(key, []).append(entry)
@@ -251,7 +251,8 @@ def _scope_order(scope: tuple[str | None, bool | None, str | None]) -> tuple:
 
 def _contest(row: Row) -> tuple:
     digests = json.dumps(row.data_sha256, sort_keys=True, default=str)
-    return row.workload or MISSING, row.division, row.gpus, row.data, row.data_label, digests, row.timing_version
+    case = (row.workload or MISSING, row.division, row.gpus, row.scaling)
+    return *case, row.data, row.data_label, digests, row.timing_version
 
 
 def _titles(keys: Sequence[tuple]) -> dict[tuple, str]:
@@ -262,18 +263,18 @@ def _titles(keys: Sequence[tuple]) -> dict[tuple, str]:
     versions = {contest[-1] for _, contest in keys} - {None}
     families: dict[tuple, list[tuple]] = {}
     for scope, contest in keys:
-        families.setdefault((scope, contest[:3]), []).append(contest)
+        families.setdefault((scope, contest[:4]), []).append(contest)
     titles: dict[tuple, str] = {}
     for scope, contest in keys:
-        workload, division, gpus, data, label, digests, version = contest
-        siblings = families[scope, contest[:3]]
+        workload, division, gpus, scaling, data, label, digests, version = contest
+        siblings = families[scope, contest[:4]]
         parts = [
             workload,
             f"{division} division" if division not in (None, "closed") else "",
-            f"{gpus:,.0f} GPUs" if gpus is not None and gpus > 1 else "",
+            f"{gpus:,.0f} GPUs {scaling or ''}".rstrip() if gpus is not None and gpus > 1 else "",
             f"{show_entry(label)} data" if label not in (None, "synthetic") else "",
-            f"data set {show_entry(data)}" if len({other[3] for other in siblings}) > 1 else "",
-            f"data {_short(digests)}" if len({other[5] for other in siblings}) > 1 else "",
+            f"data set {show_entry(data)}" if len({other[4] for other in siblings}) > 1 else "",
+            f"data {_short(digests)}" if len({other[6] for other in siblings}) > 1 else "",
             f"timing version {show_entry(version)}" if len(versions) > 1 and version is not None else "",
         ]
         titles[scope, contest] = ", ".join(part for part in parts if part)

@@ -51,6 +51,9 @@ COLUMNS = (
     _column("captured", "case.captured", "flag", "the step was one CUDA graph"),
     _column("seed", "case.seed", "number", "of weights, order and augmentation"),
     _column("gpus", "case.gpus", "number", "GPUs used"),
+    _column(
+        "scaling", "case.scaling", "text", "of several GPUs: weak, the recipe's batch on each, or strong, shared out"
+    ),
     _column("batch_size", "case.recipe.batch_size", "number", "images a step"),
     _column("epochs", "case.recipe.epochs", "number", "epochs that the recipe asks for"),
     _column("recipe", "case.recipe", "json", "every setting that decides the work"),

@@ -1,0 +1,224 @@
+"""Data parallel: one process a GPU, a *rank*; what a rank knows of the others and what they do together.
+
+Every rank trains its own copy of the network on its part of each global batch. After each backward pass the gradients
+are added up over all ranks (`add_up`), so that all copies take the same step. On GPUs that goes by NCCL and is part of
+the captured step, on a CPU by gloo. With one rank there is no process group, and what these functions give is what they
+got.
+
+What ranks do and do not share:
+
+- *Weights* start as those of rank 0 and stay alike, since updates are.
+- *Batch norm* normalises by the statistics of a rank's own part, as torch's DistributedDataParallel does. Its running
+  averages are averaged over the ranks before each evaluation.
+- *Order and augmentation* of the images come from the seed alone: as many ranks as one likes see, together, the global
+  batches of one rank. Only the `DataLoader` of the baseline draws augmentation anew in each rank.
+- *Noise and dropout* differ from rank to rank.
+- *Evaluation* is shared out image by image and its sums are added up, as integers or in fp64. A distance between sets
+  of images is no sum: each rank computes the whole one.
+- *How often* something is done that the clock decides, such as steps of warm-up, is decided by the slowest rank's clock
+  for all: a rank that did one step more would wait for the others for ever.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_apart = False  # while the ranks train each on its own
+
+
+def rank() -> int:
+    """This rank's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def cores() -> int:
+    """CPU cores for this rank."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks())
+
+
+def seed_of(seed: int) -> int:
+    """The seed of what differs between ranks: `seed` itself in rank 0."""
+    return seed if rank() == 0 else int(np.random.SeedSequence((seed, rank())).generate_state(1)[0])
+
+
+def join(device: torch.device) -> None:
+    """Makes this process one of the ranks that `launch` started. `device`: that of the tensors that they exchange."""
+    store, number, count = next(dist.rendezvous("env://"))
+    # The agent's store outlives the ranks that it starts again, and what those before them left there.
+    store = dist.PrefixStore(f"attempt {restarts()}", store)
+    common: dict[str, Any] = {"store": store, "rank": number, "world_size": count}
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()), **common)
+    else:
+        dist.init_process_group("gloo", **common)
+
+
+def leave() -> None:
+    """Waits until every rank has come here: nobody's memory goes while another may still read it."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share(loss: Tensor) -> Tensor:
+    """What this rank's mean loss contributes to that of the global batch, so that gradients only have to be added."""
+    return loss if ranks() == 1 else loss / ranks()
+
+
+def add_up(gradients: Sequence[Tensor]) -> None:
+    """Makes each of the gradients its sum over all ranks, in place: those of one type as one bucket.
+
+    Asks nothing of the device and uses the same memory each time it is replayed: it may be part of a CUDA graph. The
+    gradients are dense, in whatever order of dimensions, and alike in all ranks.
+    """
+    if ranks() == 1 or _apart:
+        return
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        # as they lie in memory, one behind the other
+        flat = [part.as_strided((part.numel(),), (1,)) for part in gradients if part.dtype is dtype]
+        bucket = torch.cat(flat)
+        dist.all_reduce(bucket)
+        torch._foreach_copy_(flat, list(bucket.split([len(part) for part in flat])))
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Gradients are not added up meanwhile: to see what a step costs without that."""
+    global _apart
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
+
+
+def total(sums: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, in place."""
+    if ranks() > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def every(value: float) -> list[float]:
+    """The `value` of each rank, in their order."""
+    if ranks() == 1:
+        return [value]
+    own = torch.tensor([value], dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    found = [torch.empty_like(own) for _ in range(ranks())]
+    dist.all_gather(found, own)
+    return [one.item() for one in found]
+
+
+def slowest(seconds: float) -> float:
+    """The most of all ranks' `seconds`: the same number in each."""
+    return max(every(seconds))
+
+
+def broadcast(network: nn.Module) -> None:
+    """Weights and buffers of rank 0 for all."""
+    if ranks() > 1:
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def average_statistics(network: nn.Module) -> None:
+    """The running averages of batch norm, where it trains, become their mean over the ranks."""
+    if ranks() == 1:
+        return
+    norms = [norm for norm in network.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training]
+    own = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+    if own:
+        mean = total(torch.cat(own)) / ranks()
+        torch._foreach_copy_(own, list(mean.split([len(value) for value in own])))
+
+
+# Start and end of the ranks of one host
+
+
+def see_own_gpu() -> None:
+    """Leaves a rank the one GPU that is its own, of those that were visible; before CUDA is used. A CPU sees none."""
+    number, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
+    mine = [str(number)] if visible is None else visible.split(",")[number : number + 1]
+    os.environ["CUDA_VISIBLE_DEVICES"] = "".join(mine)
+
+
+def launch(order: str, count: int, restarts: int) -> dict[str, Any] | None:
+    """Runs an order by `count` ranks, under the agent of torchrun; returns when the last one is gone.
+
+    Each is a `bench/start.py` with the order as its argument and this process's standard input and output. A rank that
+    fails ends all of them; then all start again, at most `restarts` times. Returns the event that tells of the failure
+    (as `bench/child.py` lists them), None without.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no host's name has to be known to anybody
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=restarts,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-X", "faulthandler", "-m", f"{__package__}.start", order)
+    except ChildFailedError as error:
+        for failure in error.failures.values():  # what a rank that was killed leaves: its workers
+            with suppress(ProcessLookupError):
+                os.killpg(failure.pid, signal.SIGKILL)
+        return _cause(error.failures)
+    return None
+
+
+def restarts() -> int:
+    """How often the agent has started the ranks again so far."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def last_words(**event: Any) -> None:
+    """Tells the agent why this rank fails, and ends it at once: the others wait for it."""
+    told = {"message": event["reason"], "timestamp": time.time(), "event": event}
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(told), encoding="utf-8")
+    os._exit(1)
+
+
+def _cause(failures: dict[int, Any]) -> dict[str, Any]:
+    """The event for the first of several failures: the others fail since it is gone, or by the agent's SIGTERM."""
+
+    def place(failed: int) -> tuple[bool, float]:
+        failure = failures[failed]
+        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+        return not killed, failure.error_file_data.get("timestamp", math.inf)
+
+    first = min(failures, key=place)
+    failure = failures[first]
+    event = failure.error_file_data.get("event")
+    if event is None:
+        how = (
+            f"was ended by {failure.signal_name()}"
+            if failure.exitcode < 0
+            else f"ended with exit code {failure.exitcode}"
+        )
+        return {"status": "failed", "reason": f"rank {first} {how}"}
+    return event | {"reason": f"rank {first}: {event['reason']}"}

@@ -1,0 +1,135 @@
+"""How data parallel training would scale on more GPUs than were measured. No torch in here. All of it is *projected*.
+
+A step on n GPUs is taken to last as long as one in which each is left to itself, and on top of it what two GPUs were
+seen to spend on adding up, with the time of NCCL's all-reduce of two replaced by that of n (`project`). The time of an
+all-reduce is NCCL's own model, by which it chooses between ring and tree (`all_reduce_s`). Nothing is fitted.
+
+`python -m netdyno.bench.scaling` writes the table of docs/scaling.md anew, from the records in results/.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .schema import read_all
+from .summary import at
+from .table import MISSING, aligned, figure, replace_section
+
+ROOT = Path(__file__).resolve().parents[1]
+GPUS_A_HOST = 8
+PROJECTED = (8, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """What an all-reduce has to go by, in GB/s one way."""
+
+    name: str
+    within_host: float  # of one GPU to the others
+    between_hosts: float  # of one host to the others, all its GPUs together
+
+
+# NVLink: a datasheet's 450 GB/s, of which an all-reduce of 1 GiB between two H100s had 329. The network: eight NICs of
+# 400 Gbit/s in a host, as in NVIDIA's DGX H100, or one of 100 Gbit/s, as clouds have them.
+NETWORKS = (
+    Links(name="8 × 400 Gbit/s a host", within_host=329, between_hosts=400),
+    Links(name="100 Gbit/s a host", within_host=329, between_hosts=12.5),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One of the ways in which NCCL sends: latencies in µs, and what it has of the links' rate."""
+
+    start_us: float
+    within_host_us: float  # of a step to another GPU of the host
+    between_hosts_us: float
+    share: float
+
+
+# NVIDIA/nccl, src/graph/tuning.cc, commit 01afd20: baseLat, hwLat, and the factors of bandwidth beside them. LL is for
+# short messages, Simple for long ones; Simple's steps of a tree hold the time of a chunk.
+RING = (
+    Protocol(start_us=3.6, within_host_us=0.47, between_hosts_us=2.7, share=1 / 4),
+    Protocol(start_us=8.4, within_host_us=3.4, between_hosts_us=9.6, share=1),
+)
+TREE = (
+    Protocol(start_us=4.4, within_host_us=0.52, between_hosts_us=5.0, share=0.9 / 3.8),
+    Protocol(start_us=0, within_host_us=28, between_hosts_us=50, share=0.9),
+)
+
+
+def all_reduce_s(size: float, gpus: int, links: Links) -> dict[str, float]:
+    """Seconds for the sum of `size` bytes over `gpus`, by ring and by tree, each by its faster protocol.
+
+    A ring takes 2 (n - 1) steps and sends 2 (n - 1) / n of the data through each link. A double binary tree (Sanders et
+    al. 2009) takes a chain within each host and log₂ of the hosts up and down, and sends the data twice.
+    """
+    hosts = -(-gpus // GPUS_A_HOST)
+    rate = 1e9 * (links.within_host if hosts == 1 else min(links.within_host, links.between_hosts))
+    ring = min(
+        1e-6 * (way.start_us + 2 * (gpus - hosts) * way.within_host_us + 2 * (hosts - 1) * way.between_hosts_us)
+        + 2 * (gpus - 1) / gpus * size / (way.share * rate)
+        for way in RING
+    )
+    chain, depth = -(-gpus // hosts) - 1, math.log2(hosts)
+    tree = min(
+        1e-6 * (way.start_us + 2 * (chain * way.within_host_us + depth * way.between_hosts_us))
+        + 2 * size / (way.share * rate)
+        for way in TREE
+    )
+    return {"ring": ring, "tree": tree}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A step on so many GPUs, with the same batch on each."""
+
+    gpus: int
+    step_s: float
+    efficiency: float  # of so many times the speed of one
+    way: str  # of the all-reduce
+
+
+def project(communication: Mapping[str, Any], measured: int, gpus: int, links: Links) -> Projection:
+    """From the `communication` of a record of `measured` GPUs of one host to `gpus` of them."""
+    alone_s, size = communication["apart_step_s"], communication["add_up_mib"] * 2**20
+    beside_s = max(0.0, communication["exposed_s"] - min(all_reduce_s(size, measured, links).values()))
+    ways = all_reduce_s(size, gpus, links)
+    way = min(ways, key=ways.__getitem__)
+    step_s = alone_s + beside_s + ways[way]
+    return Projection(gpus=gpus, step_s=step_s, efficiency=alone_s / step_s, way=way)
+
+
+def page_table(records: Iterable[Mapping[str, Any]]) -> str:
+    """Of each workload's newest tuned record under weak scaling: what was measured, and what is projected from it."""
+    newest: dict[str, Mapping[str, Any]] = {}
+    for record in records:
+        case = record["case"]
+        whole = record["status"] == "ok" and at(record, "communication", "apart_step_s") is not None
+        if whole and at(record, "machine", "gpu") and (case["tuning"], case.get("scaling")) == ("tuned", "weak"):
+            newest[case["workload"]] = record
+    if not newest:
+        return "There is no record of several GPUs yet."
+    headers = ["workload", "", "GPUs", "network", "step, µs", "exposed, µs", "of n × one", "all-reduce"]
+    lines = []
+    for workload, record in sorted(newest.items()):
+        found, gpus = record["communication"], record["case"]["gpus"]
+        share = found["apart_step_s"] / found["step_s"]
+        times = [figure(1e6 * found[name]) for name in ("step_s", "exposed_s")]
+        lines.append([workload, "measured", str(gpus), MISSING, *times, f"{100 * share:.1f} %", MISSING])
+        for count in PROJECTED:
+            for links in NETWORKS if count > GPUS_A_HOST else NETWORKS[:1]:
+                one = project(found, gpus, count, links)
+                network = links.name if count > GPUS_A_HOST else MISSING
+                times = [figure(1e6 * seconds) for seconds in (one.step_s, one.step_s - found["apart_step_s"])]
+                efficiency = f"{100 * one.efficiency:.1f} %"
+                lines.append([workload, "projected", str(count), network, *times, efficiency, one.way])
+    return aligned(headers, [False, False, True, False, True, True, True, False], lines)
+
+
+if __name__ == "__main__":
+    page = ROOT / "docs" / "scaling.md"
+    page.write_text(replace_section(page.read_text(), "scaling", page_table(read_all(ROOT / "results")[0])))

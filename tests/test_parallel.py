@@ -1,0 +1,486 @@
+"""Several ranks: what they exchange, that together they do what one does, and how they end.
+
+On the CPU ranks are processes that exchange by gloo. Tests of two GPUs are skipped where there are fewer.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_child import documented
+
+from netdyno.bench import cli, machine, parallel, runner, schema
+from netdyno.bench.data import baseline, dali, synthetic
+from netdyno.bench.data.loader import Loader, Share, count_epoch
+from netdyno.bench.errors import UserError
+from netdyno.bench.record import load_all
+from netdyno.bench.workloads import Case, Preprocess, find, resolve
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+EAGER = Case(workload="mnist-cnn", suite="quick", tuning="eager", gpus=2)
+
+
+def in_ranks(script: str, *arguments: str, count: int = 2) -> list[str]:
+    """What each of `count` processes prints that run `script` as ranks."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    common |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    processes: list[subprocess.Popen[str]] = []
+    with ExitStack() as started:
+        for rank in range(count):
+            process = subprocess.Popen(
+                [sys.executable, "-c", script, *arguments],
+                env=runner.child_environment() | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            processes.append(started.enter_context(process))
+            started.callback(process.kill)
+        said = []
+        for process in processes:
+            out, error = process.communicate(timeout=180)
+            assert process.returncode == 0, error
+            said.append(out)
+    return said
+
+
+# What ranks exchange
+
+
+EXCHANGE = """
+import torch
+from torch import nn
+from netdyno.bench import parallel
+
+parallel.join(torch.device("cpu"))
+me, count = parallel.rank(), parallel.ranks()
+assert count == 3
+assert parallel.every(10.5 * me) == [0.0, 10.5, 21.0]
+assert parallel.slowest(-me) == 0
+assert parallel.total(torch.tensor([me, 2**40])).tolist() == [3, 3 * 2**40]
+assert len({*parallel.every(parallel.seed_of(7))}) == 3
+assert parallel.seed_of(7) == 7 or me > 0
+
+def gradients():
+    last = torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    return [last + me, torch.full((5,), 0.5 * me), torch.tensor(1.0), torch.ones(2, 2, dtype=torch.float64) * me]
+
+summed = gradients()
+parallel.add_up(summed)
+assert torch.equal(summed[0], 3 * torch.arange(24.0).view(2, 3, 2, 2) + 3)
+assert summed[0].is_contiguous(memory_format=torch.channels_last)
+assert summed[1].tolist() == [1.5] * 5
+assert summed[2].item() == 3
+assert torch.equal(summed[3], torch.full((2, 2), 3.0, dtype=torch.float64))
+with parallel.apart():
+    alone = gradients()
+    parallel.add_up(alone)
+    assert all(torch.equal(*pair) for pair in zip(alone, gradients()))
+loss = torch.tensor(6.0)
+assert parallel.share(loss).item() == 2
+
+torch.manual_seed(me)
+network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+parallel.broadcast(network)
+weights = torch.cat([weight.flatten() for weight in network.parameters()]).sum().item()
+assert len({*parallel.every(weights)}) == 1
+network[1].running_mean.fill_(me)
+network[1].running_var.fill_(2.0 * me)
+network[2].eval().running_mean.fill_(me)
+parallel.average_statistics(network)
+assert network[1].running_mean.tolist() == [1.0, 1.0]
+assert network[1].running_var.tolist() == [2.0, 2.0]
+assert network[2].running_mean.tolist() == [me, me]  # it does not train
+parallel.leave()
+print("as it should be")
+"""
+
+
+@pytest.mark.slow
+def test_what_ranks_exchange() -> None:
+    assert in_ranks(EXCHANGE, count=3) == ["as it should be\n"] * 3
+
+
+def test_one_rank_gives_back_what_it_gets() -> None:
+    gradient = torch.ones(3)
+    parallel.add_up([gradient])
+    assert gradient.tolist() == [1, 1, 1]
+    assert parallel.share(gradient) is gradient
+    assert parallel.total(gradient) is gradient
+    assert (parallel.rank(), parallel.ranks(), parallel.every(2.5), parallel.seed_of(3)) == (0, 1, [2.5], 3)
+    parallel.leave()
+
+
+# Images
+
+
+N, GREY = 43, 5  # images of one grey level each, GREY · their number
+ARRAY = Preprocess(mean=(0.0,), std=(1.0,), crop_padding=2, flip=True)
+JPEG = Preprocess(mean=(0.0,) * 3, std=(1.0,) * 3, image_size=16, shear_deg=10, zoom=0.2, flip=True)
+
+
+@pytest.fixture(params=["dali-array", "dali-stream", "dali-jpeg", "baseline-array"])
+def build(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """build(share, batch_size): a training loader over noise that is as bright as the image's number says."""
+    kind = request.param
+    common = {"train": True, "seed": 3, "device": torch.device("cpu"), "dtype": torch.float32}
+    noise = np.random.default_rng(0).integers(0, GREY, (N, 12, 12, 1), np.uint8)
+    images = noise + (GREY * np.arange(N, dtype=np.uint8))[:, None, None, None]
+    if kind == "dali-jpeg":
+        files = [tmp_path / f"{number:02}.jpg" for number in range(N)]
+        for file, image in zip(files, images, strict=True):
+            Image.fromarray(image[:, :, 0]).resize((24, 20)).convert("RGB").save(file)
+        return lambda share, batch_size: dali.jpeg_loader(
+            files, np.arange(N), preprocess=JPEG, share=share, batch_size=batch_size, **common
+        )
+    if kind == "dali-stream":
+        monkeypatch.setattr(dali, "RESIDENT_BYTES", 0)
+        monkeypatch.setattr(dali, "SUPER_BATCH_IMAGES", 8)
+    make: Any = partial(baseline.array_loader, workers=0) if kind == "baseline-array" else dali.array_loader
+    return lambda share, batch_size: make(
+        images, np.arange(N), preprocess=ARRAY, share=share, batch_size=batch_size, **common
+    )
+
+
+def epochs(loader: Loader, count: int = 2) -> list[list[tuple[torch.Tensor, list[int]]]]:
+    """Images and labels of each batch."""
+    found = [[(batch.images.clone(), batch.labels.tolist()) for batch in loader.epoch()] for _ in range(count)]
+    loader.close()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_see_together_what_one_sees(build: Any, request: pytest.FixtureRequest, ranks: int) -> None:
+    """Each batch of 12, at the same place in the same order, no image lost or twice, and with DALI moved alike."""
+    whole = epochs(build(Share(), 12))
+    parts = [epochs(build(Share(rank, ranks), 12 // ranks)) for rank in range(ranks)]
+    assert whole[0][0][1] != whole[1][0][1]
+    for epoch, batches in enumerate(whole):
+        assert len(batches) == N // 12
+        assert {len(part[epoch]) for part in parts} == {N // 12}
+        seen = [label for _, labels in batches for label in labels]
+        assert len({*seen}) == len(seen) == 36
+        for number, (images, labels) in enumerate(batches):
+            together: list[Any] = [None] * 12
+            for rank, part in enumerate(parts):
+                own_images, own_labels = part[epoch][number]
+                for place, pair in enumerate(zip(own_images, own_labels, strict=True)):
+                    together[rank + ranks * place] = pair
+            assert [label for _, label in together] == labels
+            if "dali" in request.node.callspec.id:
+                assert torch.equal(torch.stack([image for image, _ in together]), images)
+
+
+def test_ranks_of_the_baseline_move_images_differently() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (1, 12, 12, 1), np.uint8).repeat(16, axis=0)
+    looks = []
+    for rank in (0, 1, 0):
+        loader = baseline.array_loader(
+            image,
+            None,
+            preprocess=ARRAY,
+            batch_size=8,
+            train=True,
+            seed=0,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            workers=0,
+            share=Share(rank, 2),
+        )
+        looks.append(epochs(loader, 1)[0][0][0])
+    assert not torch.equal(looks[0], looks[1])
+    assert torch.equal(looks[0], looks[2])
+
+
+def test_every_rank_has_as_many_batches() -> None:
+    """15 images fill no batch of 2 × 8, though the first rank's half would fill one of 8."""
+    assert count_epoch(16, 8, train=True, ranks=2) == (1, 8)
+    with pytest.raises(UserError, match="15 images do not fill one batch of 16"):
+        count_epoch(15, 8, train=True, ranks=2)
+
+
+# Recipes
+
+
+def case_of(workload: str, **changes: Any) -> Case:
+    return Case(workload=workload, **({"suite": "full", "tuning": "tuned", "gpus": 4} | changes))
+
+
+def test_weak_scaling_takes_the_batch_on_each_and_a_rate_to_match() -> None:
+    for name, factor in (("cifar10-cnn", 4), ("cifar100-cnn", 2)):  # SGD and Adam
+        one, many = find(name).recipe, resolve(case_of(name)).recipe
+        assert many == replace(one, batch_size=4 * one.batch_size, learning_rate=factor * one.learning_rate)
+
+
+def test_strong_scaling_leaves_the_recipe() -> None:
+    assert resolve(case_of("cifar10-cnn", scaling="strong")) == find("cifar10-cnn")
+    with pytest.raises(UserError, match="a batch of 1024 cannot be shared out to 3 GPUs"):
+        resolve(case_of("cifar10-cnn", scaling="strong", gpus=3))
+
+
+def test_the_open_division_is_refused() -> None:
+    with pytest.raises(UserError, match="cifar10-94 is of the open division, which runs on one GPU"):
+        resolve(case_of("cifar10-94", suite="open"))
+
+
+def test_a_case_says_how_many() -> None:
+    assert str(case_of("dcgan")) == "dcgan tuned e2e 4 GPUs weak seed 0"
+
+
+# Training
+
+
+COURSE = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+import torch
+from netdyno.bench import child, parallel
+from netdyno.bench.order import Order
+from netdyno.bench.tuning import TUNINGS, fp32
+from netdyno.bench.workloads import Case, resolve
+
+workload, root, gpus = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+if gpus > 1:
+    parallel.see_own_gpu()
+torch.set_num_threads(1)
+torch.backends.cudnn.allow_tf32 = False
+few = {"batch_size": 32, "epochs": 2, "train_images": 330, "eval_images": 51}
+child.resolve = lambda case: replace(resolve(case), recipe=replace(resolve(case).recipe, **few))
+child.warm_up = lambda step: bool(torch.isfinite(step()).all())
+TUNINGS["fp32"] = lambda capability: replace(fp32(capability), compile=False)
+row = child.curve_row
+
+def exact_row(epoch, train_s, eval_s, loss, evaluation):
+    print(loss, evaluation.metric, evaluation.images)
+    return row(epoch, train_s, eval_s, loss, evaluation)
+
+child.curve_row = exact_row
+case = Case(workload=workload, suite="quick", tuning="fp32", gpus=gpus, scaling="strong")
+child.run(Order(case=case, data=root, pictures=root, started=time.time()), lambda **event: None)
+"""
+
+
+def course(workload: str, root: Path, gpus: int) -> list[float]:
+    """Loss, metric and images of each of two epochs, alike in all ranks."""
+    said = in_ranks(COURSE, workload, str(root), str(gpus), count=gpus)
+    assert {*said} == {said[0]}
+    return [float(number) for number in said[0].split()]
+
+
+def follows(workload: str, root: Path) -> None:
+    synthetic.make("cifar10", root, sizes=(340, 60))
+    one, two = course(workload, root, 1), course(workload, root, 2)
+    assert len(one) == 6
+    assert one[2] == two[2] == 51
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", ["cifar10-cnn", "conv-autoencoder"])
+def test_two_ranks_follow_the_loss_of_one(workload: str, tmp_path: Path) -> None:
+    """Under strong scaling, in fp32: with crops and mirroring, and with another basis."""
+    follows(workload, tmp_path)
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize("workload", ["cifar10-cnn", "conv-autoencoder"])
+def test_two_gpus_follow_the_loss_of_one(workload: str, tmp_path: Path) -> None:
+    """Their sums are part of the captured step."""
+    follows(workload, tmp_path)
+
+
+# Records
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a case on small stand-ins; returns its record, as it was read again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(case: Case, listen: Any = lambda event: None, **options: Any) -> dict[str, Any]:
+        name = find(case.workload).dataset
+        if not (tmp_path / "data").exists():
+            synthetic.make(name, tmp_path / "data", sizes=(1_300 if name == "anime_faces" else 600, 100))
+        here = machine.describe()
+        runner.run(case, data=tmp_path / "data", results=tmp_path / "results", machine=here, listen=listen, **options)
+        records, problems = schema.read_all(tmp_path / "results")
+        assert problems == []
+        return records[-1]
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_record_of_two_ranks(run: Any) -> None:
+    record = run(EAGER)
+    assert (record["status"], record["reason"]) == ("ok", None)
+    case, timing, found = record["case"], record["timing"], record["communication"]
+    assert (case["gpus"], case["scaling"], case["recipe"]["batch_size"]) == (2, "weak", 256)
+    assert set(found) == documented()["communication"]
+    assert timing["steps"] == 4  # two epochs of two batches of 256 in 600 images
+    assert len(found["rank_train_s"]) == 2
+    assert max(found["rank_train_s"]) == timing["train_s"]
+    assert record["throughput"]["images_per_s"] == pytest.approx(4 * 256 / timing["train_s"], rel=1e-3)
+    assert found["exposed_s"] == pytest.approx(found["step_s"] - found["apart_step_s"], rel=0.01, abs=1e-6)
+    assert 0 < found["add_up_s"] < found["step_s"]
+    assert found["add_up_mib"] == pytest.approx(4 * 159_254 / 2**20, abs=0.06)  # the network's weights, in fp32
+    assert [row["epoch"] for row in record["accuracy"]["curve"]] == [1, 2]
+
+
+@pytest.mark.gpu
+@two_gpus
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_of("mnist-cnn", suite="quick", gpus=2),
+        case_of("mnist-cnn", suite="quick", gpus=2, tuning="t4"),  # the gradient scaler
+        case_of("dcgan", suite="quick", gpus=2),  # two players
+        case_of("mnist-cnn", suite="quick", gpus=2, mode="compute"),
+    ],
+    ids=str,
+)
+def test_captured_steps_of_two_gpus(run: Any, case: Case) -> None:
+    record = run(case)
+    assert (record["status"], record["reason"]) == ("ok", None)
+    assert record["case"]["captured"]
+    assert record["compile"]["recompiles"] == 0
+    assert len(record["gpu"]["cards"]) == 2
+    assert record["memory"]["nvml_process_peak_mib"] > 0
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_command(tmp_path: Path) -> None:
+    """Two processes, of which one goes on and makes one record."""
+    synthetic.make("mnist", tmp_path / "data", sizes=(600, 100))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "netdyno.bench", "run", "mnist-cnn", "--tuning", "eager", "--mode", "compute"]
+    command += ["--data", str(tmp_path / "data"), "--results", str(tmp_path / "results")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [record] = load_all(tmp_path / "results")
+    assert (record["status"], record["case"]["gpus"]) == ("ok", 2)
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked", "ends"),
+    [
+        ({}, None, 1),
+        ({}, 3, 3),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, None, 2),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 2, 2),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 4, "--gpus 4, but torchrun started 2 processes"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, None, "torchrun on several machines"),
+    ],
+)
+def test_how_many_gpus(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], asked: int | None, ends: int | str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
+    if isinstance(ends, int):
+        assert cli.ranks_of_torchrun(asked) == ends
+    else:
+        with pytest.raises(UserError, match=ends):
+            cli.ranks_of_torchrun(asked)
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "own"), [(None, 1, "1"), ("4,GPU-a,6", 1, "GPU-a"), ("", 0, ""), ("3", 1, "")]
+)
+def test_a_rank_sees_its_own_gpu(monkeypatch: pytest.MonkeyPatch, visible: str | None, rank: int, own: str) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    parallel.see_own_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == own
+
+
+# How ranks end
+
+
+def failure(exitcode: int, seen: float, **told: Any) -> Any:
+    name = signal.Signals(-exitcode).name if exitcode < 0 else ""
+    return SimpleNamespace(
+        exitcode=exitcode, timestamp=int(seen), error_file_data=told, signal_name=lambda: name, pid=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("failures", "status", "reason"),
+    [
+        ({0: failure(-15, 9.0), 1: failure(-9, 9.9)}, "failed", "rank 1 was ended by SIGKILL"),
+        (
+            {0: failure(-15, 9.0), 1: failure(1, 9.9, timestamp=9.9, event={"status": "failed", "reason": "no"})},
+            "failed",
+            "rank 1: no",
+        ),
+        (
+            {
+                0: failure(1, 5.7, timestamp=5.7, event={"status": "failed", "reason": "peer is gone"}),
+                1: failure(1, 5.2, timestamp=5.2, event={"status": "oom", "reason": "full"}),
+            },
+            "oom",
+            "rank 1: full",
+        ),
+        (
+            {0: failure(1, 5.0, timestamp=5.0, event={"status": "failed", "reason": "gone"}), 1: failure(-11, 6.0)},
+            "failed",
+            "rank 1 was ended by SIGSEGV",
+        ),
+        ({0: failure(3, 5.0)}, "failed", "rank 0 ended with exit code 3"),
+    ],
+)
+def test_the_first_failure_is_told(failures: dict[int, Any], status: str, reason: str) -> None:
+    event = parallel._cause(failures)
+    assert (event["status"], event["reason"]) == (status, reason)
+
+
+@pytest.mark.slow
+def test_the_error_of_a_rank_is_the_records(run: Any, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    path = synthetic.make("mnist", tmp_path / "data", sizes=(300, 100)) / "train.images.npy"
+    path.write_bytes(path.read_bytes()[:-1_000])
+    begun = time.monotonic()
+    record = run(EAGER, events.append)
+    assert time.monotonic() - begun < 60
+    assert record["status"] == "failed"
+    assert "train.images.npy is truncated" in record["reason"]
+    assert record["reason"].startswith("rank ")
+    assert events[-1]["user_error"] is True
+
+
+@pytest.mark.slow
+def test_ranks_start_again_where_asked_to(run: Any) -> None:
+    """After one of them was killed in training; what was measured before does not count."""
+    pids: list[int] = []
+
+    def kill(event: dict[str, Any]) -> None:
+        if "pids" in event:
+            pids.extend(event["pids"])
+        if event.get("timed") and len(pids) == 2:
+            os.kill(pids[1], signal.SIGKILL)
+
+    record = run(EAGER, kill, restarts=1)
+    assert (record["status"], record["reason"]) == ("ok", None)
+    assert len({*pids}) == 4
+    assert record["communication"]["restarts"] == 1
+    assert record["timing"]["steps"] == 4

@@ -1,0 +1,63 @@
+"""The projection to more GPUs, against numbers worked out by hand."""
+
+from pathlib import Path
+
+import pytest
+from made_up_records import make
+
+from netdyno.bench import scaling
+from netdyno.bench.scaling import Links, all_reduce_s, project
+
+ROOT = Path(__file__).parents[1]
+LINKS = Links(name="some", within_host=100, between_hosts=50)
+FOUND = {"step_s": 1.2e-3, "apart_step_s": 1e-3, "exposed_s": 2e-4, "add_up_s": 1.9e-4, "add_up_mib": 10.0}
+
+
+def test_a_long_sum_on_one_host() -> None:
+    """10⁸ bytes over 8 GPUs: 14 steps of 3.4 µs, and 14/8 of the data at 100 GB/s; by a tree twice the data at 90."""
+    found = all_reduce_s(1e8, 8, LINKS)
+    assert found["ring"] == pytest.approx(8.4e-6 + 14 * 3.4e-6 + 1.75e-3)
+    assert found["tree"] == pytest.approx(14 * 28e-6 + 2e8 / 90e9)
+
+
+def test_a_short_sum_over_eight_hosts() -> None:
+    """A byte: only latencies, by LL. A ring of 64 passes 14 times between hosts and 112 times within one."""
+    found = all_reduce_s(1, 64, LINKS)
+    assert found["ring"] == pytest.approx(3.6e-6 + 112 * 0.47e-6 + 14 * 2.7e-6, rel=1e-3)
+    assert found["tree"] == pytest.approx(4.4e-6 + 2 * (7 * 0.52e-6 + 3 * 5.0e-6), rel=1e-3)
+
+
+def test_the_slower_link_counts_between_hosts() -> None:
+    assert all_reduce_s(1e9, 16, LINKS)["ring"] == pytest.approx(2 * 15 / 16 * 1e9 / 50e9, rel=0.02)
+
+
+def test_a_projection_to_the_measured_number_is_the_measurement() -> None:
+    one = project(FOUND, 2, 2, LINKS)
+    assert one.step_s == pytest.approx(FOUND["step_s"])
+    assert one.efficiency == pytest.approx(1 / 1.2)
+    assert one.way == "ring"
+
+
+def test_more_gpus_add_the_difference_of_their_sums() -> None:
+    size = 10 * 2**20
+    added = min(all_reduce_s(size, 64, LINKS).values()) - min(all_reduce_s(size, 2, LINKS).values())
+    assert project(FOUND, 2, 64, LINKS).step_s == pytest.approx(1.2e-3 + added)
+
+
+def test_the_table_tells_measured_from_projected() -> None:
+    two = make(1, gpus=2, scaling="weak") | {"communication": FOUND}
+    lines = scaling.page_table([make(2), two, two | {"status": "failed"}]).splitlines()
+    assert [[cell.strip() for cell in line.split("|")[2:4]] for line in lines[2:]] == [
+        ["measured", "2"],
+        *[["projected", count] for count in ("8", "64", "64")],
+    ]
+    assert "83.3 %" in lines[2]
+
+
+def test_without_records_the_table_says_so() -> None:
+    assert scaling.page_table([make(1)]) == "There is no record of several GPUs yet."
+
+
+def test_the_page_has_room_for_the_table() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert scaling.replace_section(page, "scaling", "new").count("new\n\n<!-- scaling:end -->") == 1
