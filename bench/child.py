@@ -440,6 +440,7 @@ def time_batches(
     for epoch in range(1, workload.recipe.epochs + 1):
         clock = timing.clock(loader.batches_per_epoch, loader.batches_at_once)
         images = steps = 0
+        parallel.meet()
         emit(timed=True)
         with memory.during("train"):
             clock.start()
@@ -503,6 +504,7 @@ def train(
         def progress(done: int, loss: float, epoch: int = epoch) -> None:
             emit(progress={"epoch": epoch, "step": done, "loss": loss})
 
+        parallel.meet()
         emit(timed=True)
         with memory.during("train"):
             trained = train_epoch(step, loader.epoch(), clock, progress)

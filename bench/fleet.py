@@ -51,7 +51,9 @@ here=$(dirname "$0")
 
 measure() {{
   sky launch --yes --cluster "netdyno-$1" "$here/$1.sky.yaml"
-  scp "netdyno-$1:$1.netdyno.zip" "$here/" && sky down --yes "netdyno-$1"
+  # under another name until it is whole, since a pack that is there is not made again
+  scp "netdyno-$1:$1.netdyno.zip" "$here/$1.part" && mv "$here/$1.part" "$here/$1.netdyno.zip" || return
+  sky down --yes "netdyno-$1"
 }}
 
 for card in {cards}; do

@@ -213,10 +213,11 @@ class Sampler:
 
     def begin(self, pid: int) -> None:
         """From now on it is another process, and what was read of the one before does not count."""
-        self._pid = pid
         self._borders.clear()
         self._readings.clear()
         self._others = None
+        self._pid = pid
+        self.process_peak_mib = None
 
     def mark(self, timed: bool) -> None:
         """A stretch of the timed region begins, or ends, now. One that never ends has readings, but no energy."""

@@ -137,6 +137,7 @@ class BlockClock:
             self._marks[-1].synchronize()
         self.wall_s = time.perf_counter() - self._start
         laps = [self._seconds(one, two) for one, two in pairwise(self._marks)]
+        self._marks = []  # a CUDA event holds memory
         self.block_s = laps[: whole - 1]
         self.steps_s = sum(laps[: steps - 1])
         self.total_s = sum(laps)

@@ -28,6 +28,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+PATIENCE = timedelta(minutes=30)  # for another rank; a run that falls silent is ended before
 
 _apart = False  # while the ranks train each on its own
 
@@ -64,7 +67,7 @@ def join(device: torch.device) -> None:
     store, number, count = next(dist.rendezvous("env://"))
     # The agent's store outlives the ranks that it starts again, and what those before them left there.
     store = dist.PrefixStore(f"attempt {restarts()}", store)
-    common: dict[str, Any] = {"store": store, "rank": number, "world_size": count}
+    common: dict[str, Any] = {"store": store, "rank": number, "world_size": count, "timeout": PATIENCE}
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()), **common)
     else:
@@ -129,6 +132,11 @@ def every(value: float) -> list[float]:
 def slowest(seconds: float) -> float:
     """The most of all ranks' `seconds`: the same number in each."""
     return max(every(seconds))
+
+
+def meet() -> None:
+    """Waits until all ranks are here: what one of them still prepares is no other's training time."""
+    every(0.0)
 
 
 def broadcast(network: nn.Module) -> None:

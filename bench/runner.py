@@ -192,7 +192,12 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen, post
     card = post.card if post else None
     if card is not None:
         environment["CUDA_VISIBLE_DEVICES"] = card
-    cards = [card] if order.case.gpus == 1 else [*Gpu.cards(), *[None] * order.case.gpus][: order.case.gpus]
+    cards = [card]
+    if order.case.gpus > 1:
+        found = [*Gpu.cards()][: order.case.gpus]
+        if found:  # by UUID, since CUDA may count them in another order
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(found)
+        cards = [*found] or [None] * order.case.gpus
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors, ExitStack() as opened:
         gpus = [opened.enter_context(Gpu.open(card)) for card in cards]
         child = subprocess.Popen(

@@ -57,7 +57,7 @@ class Group(nn.Module):
 
     def __init__(self, channels_in: int, channels: int, kernels: tuple[int, ...], between: int) -> None:
         super().__init__()
-        widths = [channels_in, channels, *([between] if len(kernels) == 3 else []), channels][: len(kernels) + 1]
+        widths = [channels_in, channels, *([between] if len(kernels) == 3 else []), channels]
         first, *further = map(Conv, widths, widths[1:], kernels)
         norm, *norms = map(Norm, widths[1:])
         self.first = nn.Sequential(first, nn.MaxPool2d(2), norm, nn.SiLU())

@@ -68,8 +68,8 @@ def copy(folder: Path, cache: Path, planted: Planted | None = None, *, compiled_
         shutil.rmtree(cache, ignore_errors=True)
         for name in ("bench", "kernels", "models"):
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "tests" / "spin.py", tree / "bench")  # for what is planted into steps
         for name, text in (planted or {}).items():
-            shutil.copy(ROOT / "tests" / "spin.py", tree / "bench")
             with (tree / "bench" / name).open("a") as file:
                 file.write(text)
         unfinished = folder / "unfinished"

@@ -105,8 +105,8 @@ def test_rented_machines_come_back_as_records(sources: Path) -> None:
     assert "12 records of tesla-t4-xeon-2c added" in done.stdout
     assert len([*(sources / "results").glob("*/*/*.json")]) == 12
     assert sorted(calls(sources)) == [
-        "scp netdyno-l4:l4.netdyno.zip my fleet/",
-        "scp netdyno-t4:t4.netdyno.zip my fleet/",
+        "scp netdyno-l4:l4.netdyno.zip my fleet/l4.part",
+        "scp netdyno-t4:t4.netdyno.zip my fleet/t4.part",
         "sky down --yes netdyno-t4",  # l4, whose pack did not come, stays for a while
         "sky launch --yes --cluster netdyno-l4 my fleet/l4.sky.yaml",
         "sky launch --yes --cluster netdyno-t4 my fleet/t4.sky.yaml",

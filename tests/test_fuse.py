@@ -62,6 +62,14 @@ def test_a_fused_network_computes_and_learns_the_same(
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("make", [Cifar10Cnn, Cifar100Cnn])
+def test_a_first_layer_takes_its_activation_in(make: Callable[[], nn.Module]) -> None:
+    network = make()
+    fuse(network, torch.float32)
+    layers = next(module for module in network.modules() if isinstance(module, nn.Sequential))
+    assert [type(layer) for layer in layers[:2]] == [Replacement, nn.Identity]
+
+
 @pytest.mark.parametrize(
     "layers",
     [

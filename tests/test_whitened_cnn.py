@@ -17,7 +17,7 @@ def images(count: int, side: int = 32) -> torch.Tensor:
 
 
 def test_patches_come_out_uncorrelated_and_of_unit_variance() -> None:
-    network = WhitenedCnn(10, ((8, (3,), 0),))
+    network = WhitenedCnn(10, ((8, (3, 3), 0),))
     network.whiten(images(200))
     seen = F.conv2d(images(200), network.axes).transpose(0, 1).flatten(1)
     axes = 3 * PATCH**2
