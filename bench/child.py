@@ -47,7 +47,7 @@ from .measure import TIMING_VERSION, BlockClock, MemoryParts, PeakMemory, call_s
 from .metrics import sliced_wasserstein
 from .order import Order
 from .stats import seconds_to_target
-from .step import DTYPES, Player, Step, make_step, why_uncaptured
+from .step import DTYPES, Player, Step, make_step, own_batch_size, why_uncaptured
 from .train import Diverged, Evaluate, Evaluation, collect, make_evaluation, train_epoch
 from .tuning import TUNINGS, Tuning
 from .workloads import Workload, describe, resolve
@@ -296,11 +296,6 @@ def make_loader(
     if images.images is not None:
         return module.array_loader(images.images, images.labels, **options)
     return module.jpeg_loader(images.files, images.labels, **options)
-
-
-def own_batch_size(workload: Workload) -> int:
-    """Images of one training batch that are this rank's."""
-    return workload.recipe.batch_size // parallel.ranks()
 
 
 def eval_batch_size(workload: Workload, eval_set: ImageSet) -> int:

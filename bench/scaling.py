@@ -31,11 +31,11 @@ class Links:
     between_hosts: float  # of one host to the others, all its GPUs together
 
 
-# NVLink: a datasheet's 450 GB/s, of which an all-reduce of 1 GiB between two H100s had 329. The network: eight NICs of
-# 400 Gbit/s in a host, as in NVIDIA's DGX H100, or one of 100 Gbit/s, as clouds have them.
+# NVLink: the 450 GB/s each way of the datasheets of H100 and H200. The network: eight NICs of 400 Gbit/s in a host, as in
+# NVIDIA's DGX H100, or one of 100 Gbit/s, as clouds have them.
 NETWORKS = (
-    Links(name="8 × 400 Gbit/s a host", within_host=329, between_hosts=400),
-    Links(name="100 Gbit/s a host", within_host=329, between_hosts=12.5),
+    Links(name="8 × 400 Gbit/s a host", within_host=450, between_hosts=400),
+    Links(name="100 Gbit/s a host", within_host=450, between_hosts=12.5),
 )
 
 

@@ -172,6 +172,11 @@ def execute(function: Callable[..., torch.Tensor], tuning: Tuning, device: torch
     return torch.compile(under_autocast, fullgraph=True, dynamic=False) if tuning.compile else under_autocast
 
 
+def own_batch_size(workload: Workload) -> int:
+    """Images of one training batch that are this rank's."""
+    return workload.recipe.batch_size // parallel.ranks()
+
+
 def make_step(
     workload: Workload, network: nn.Module, tuning: Tuning, device: torch.device, steps: int
 ) -> tuple[Step, list[Player]]:
@@ -181,7 +186,7 @@ def make_step(
     """
     make = _adversarial_step if workload.objective == "adversarial" else _plain_step
     one_batch, players = make(workload, network, tuning, device, steps)
-    own_batch = workload.recipe.batch_size // parallel.ranks()
+    own_batch = own_batch_size(workload)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         batches = list(zip(*(rows.split(own_batch) for rows in (images, labels)), strict=True))

@@ -1,7 +1,9 @@
 """What all tests share: the rules for tests that need a GPU or real images."""
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,11 @@ def data_root() -> Path:
     if not Path(root).is_dir():
         pytest.fail(f"$NETDYNO_DATA is {root}, which is no folder")
     return Path(root)
+
+
+@pytest.fixture
+def _heeds_ctrl_c() -> Iterator[None]:
+    """A shell lets what it runs in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

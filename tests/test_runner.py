@@ -4,7 +4,6 @@ import _thread
 import hashlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -237,14 +236,6 @@ def test_a_worker_that_outlives_the_child_holds_nobody_up(go: Any, end: str, sta
     assert record["status"] == status
     assert time.monotonic() - start < 20
     assert gone(record["data"]["pid"])
-
-
-@pytest.fixture
-def _heeds_ctrl_c() -> Iterator[None]:
-    """A shell lets what it runs in the background ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("_heeds_ctrl_c")

@@ -3,7 +3,6 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -68,13 +67,6 @@ def test_what_one_case_raises_ends_the_others_first() -> None:
     with pytest.raises(UserError, match="no space"):
         spread(cases(5), CARDS, run)
     assert ended == [1]  # and the three that waited never began
-
-
-@pytest.fixture
-def _heeds_ctrl_c() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("_heeds_ctrl_c")
