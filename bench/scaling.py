@@ -31,8 +31,8 @@ class Links:
     between_hosts: float  # of one host to the others, all its GPUs together
 
 
-# NVLink: the 450 GB/s each way of the datasheets of H100 and H200. The network: eight NICs of 400 Gbit/s in a host, as in
-# NVIDIA's DGX H100, or one of 100 Gbit/s, as clouds have them.
+# NVLink: the 450 GB/s each way of the datasheets of H100 and H200. The network: eight NICs of 400 Gbit/s in a host, as
+# in NVIDIA's DGX H100, or one of 100 Gbit/s, as clouds have them.
 NETWORKS = (
     Links(name="8 × 400 Gbit/s a host", within_host=450, between_hosts=400),
     Links(name="100 Gbit/s a host", within_host=450, between_hosts=12.5),
