@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import few_channels, first_layer, patches
+from ..kernels.batch_norm import batch_norm
+from ..kernels.batch_norm import takes as takes_channels
 from ..kernels.pooled_activation import Activation, pooled_activation
 from ..models.resnet50_transfer import ResNet50Transfer
 
@@ -31,6 +33,29 @@ class Replacement(nn.Module):
         return self._function(images, self.weight, self.bias)
 
 
+class FusedNorm(nn.BatchNorm2d):
+    """Batch norm that was taken in with its activation and pooling; has its parameters and buffers by their names."""
+
+    def __init__(self, norm: nn.BatchNorm2d, momentum: float, slope: float | None, pool: bool) -> None:
+        super().__init__(norm.num_features, norm.eps, momentum)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self._new_share, self._slope, self._pool = momentum, slope, pool
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            normed = super().forward(F.max_pool2d(images, 2) if self._pool else images)
+            return F.silu(normed) if self._slope is None else F.leaky_relu(normed, self._slope)
+        active, mean, variance = batch_norm(images, self.weight, self.bias, self.eps, self._slope, self._pool)
+        count = active.numel() // active.shape[1]
+        with torch.no_grad():
+            for running, new in ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1)))):
+                assert running is not None
+                running.lerp_(new, self._new_share)
+        return active
+
+
 def fuse(network: nn.Module, dtype: torch.dtype) -> None:
     """Replaces, in every `nn.Sequential` of `network`, convolutions and what follows them where a kernel does the same.
 
@@ -42,6 +67,7 @@ def fuse(network: nn.Module, dtype: torch.dtype) -> None:
 
         network.features = FoldedResNet(network.features, dtype)
     for layers in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
+        _fuse_norms(layers)
         modules = list(layers)
         for place, conv in enumerate(modules):
             if not _is_plain(conv) or (found := _replacement(conv, modules[place + 1 : place + 3], dtype)) is None:
@@ -50,6 +76,21 @@ def fuse(network: nn.Module, dtype: torch.dtype) -> None:
             layers[place] = Replacement(conv, function)
             for behind in range(place + 1, place + 1 + taken):
                 layers[behind] = nn.Identity()
+
+
+def _fuse_norms(layers: nn.Sequential) -> None:
+    modules = list(layers)
+    for place, norm in enumerate(modules[:-1]):
+        if not isinstance(norm, nn.BatchNorm2d) or norm.momentum is None or not takes_channels(norm.num_features):
+            continue
+        activation = modules[place + 1]
+        if not isinstance(activation, nn.SiLU | nn.ReLU | nn.LeakyReLU):
+            continue
+        slope = None if isinstance(activation, nn.SiLU) else getattr(activation, "negative_slope", 0.0)
+        pool = place > 0 and _is_halving(modules[place - 1])
+        layers[place] = FusedNorm(norm, norm.momentum, slope, pool)
+        for taken in ([place - 1] if pool else []) + [place + 1]:
+            layers[taken] = nn.Identity()
 
 
 def _replacement(conv: Convolution, behind: list[nn.Module], dtype: torch.dtype) -> tuple[Function, int] | None:
@@ -71,13 +112,16 @@ def _replacement(conv: Convolution, behind: list[nn.Module], dtype: torch.dtype)
         return partial(_pooled, convolve=convolve, activation=activation), 2
     if behind and _is_halving(behind[0]):
         return partial(_pooled, convolve=convolve, activation=None), 1
-    if activation is not None and conv.bias is not None and by_patches and first_layer.takes(conv.weight):
-        return partial(_first, dtype=dtype, stride=stride, padding=padding, activation=activation), 1
+    learning = activation is not None and conv.bias is not None
+    fixed = behind and isinstance(behind[0], nn.SiLU) and not conv.weight.requires_grad
+    if (learning or fixed) and by_patches and first_layer.takes(conv.weight):
+        return partial(_first, dtype=dtype, stride=stride, padding=padding, activation=activation or "silu"), 1
     return (convolve, 0) if by_patches else None
 
 
 def _first(images: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **options: Any) -> Tensor:
-    assert bias is not None
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
     return first_layer.conv(images.to(dtype), weight, bias, **options)  # autocast does not know the kernel
 
 

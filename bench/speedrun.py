@@ -2,8 +2,7 @@
 
 A seed's time goes from before its first step to the end of its one evaluation: whitening, the loader's first fill and
 all further views of test images are inside. Outside are what is done once, compilation, capture, two seeds that do not
-count and the sets that stay on the device, and between two seeds the drawing of new weights and a new loader. The
-networks have no kernels of our own yet, so that `tuned` is `captured` here.
+count and the sets that stay on the device, and between two seeds the drawing of new weights and a new loader.
 """
 
 import math

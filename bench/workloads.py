@@ -311,7 +311,7 @@ def cifar10_94() -> Workload:
     recipe = OpenRecipe(
         batch_size=1536,
         epochs=10,
-        sides=((24, 3), (28, 3), (32, 4)),
+        sides=((24, 4), (28, 3), (32, 3)),
         optimizer="muon",
         learning_rate=0.24,
         momentum=0.65,

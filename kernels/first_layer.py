@@ -10,6 +10,8 @@ pixel, tap by tap, then a one, whose gradient is the bias's, then zeros up to a 
 Bytes moved for each of B·HO·WO pixels, in a 16-bit type: 2·O forward, 4·O backward, and 2·C·stride² for the images.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -22,6 +24,7 @@ PIXELS = 128  # of a program's block: one for each thread
 PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor
 WIDEST = 128  # outputs
 LONGEST = 64  # values of a patch
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": F.elu, "silu": F.silu}
 
 
 def conv_reference(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
@@ -29,14 +32,13 @@ def conv_reference(images: Tensor, weight: Tensor, bias: Tensor, stride: int, pa
 
     images: [B, C, H, W]. weight: [O, C, K, K]. bias: [O]. Returns [B, O, HO, WO] of the images' type.
     """
-    out = F.conv2d(images, weight.to(images.dtype), bias.to(images.dtype), stride, padding)
-    return F.relu(out) if activation == "relu" else F.elu(out)
+    return ACTIVATIONS[activation](F.conv2d(images, weight.to(images.dtype), bias.to(images.dtype), stride, padding))
 
 
 def takes(weight: Tensor) -> bool:
     """Whether the kernels are for such weights."""
     outputs, channels, side, other = weight.shape
-    return side == other and _length(channels, side) <= LONGEST and 16 <= outputs <= WIDEST and outputs.bit_count() == 1
+    return side == other and _length(channels, side) <= LONGEST and 16 <= outputs <= WIDEST and outputs % 8 == 0
 
 
 def _length(channels: int, side: int) -> int:
@@ -104,7 +106,8 @@ def conv_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     LENGTH: tl.constexpr,
-    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Programs: blocks of pixels. out: [pixels, O]."""
@@ -127,18 +130,22 @@ def conv_kernel(
         PADDING,
         LENGTH,
     )
-    o = tl.arange(0, OUTPUTS)
+    o = tl.arange(0, WIDE)
     k = tl.arange(0, LENGTH)
     tap = k // CHANNELS
     at = weight + (k % CHANNELS * weight_c + tap // SIDE * weight_y + tap % SIDE * weight_x)[:, None]
-    factors = tl.load(at + o[None, :] * weight_o, mask=(tap < SIDE * SIDE)[:, None], other=0.0)
-    total = tl.dot(rows, factors.to(rows.dtype)) + tl.load(bias + o).to(tl.float32)[None, :]
-    if RELU:
+    factors = tl.load(at + o[None, :] * weight_o, mask=(tap < SIDE * SIDE)[:, None] & (o < OUTPUTS)[None, :], other=0.0)
+    total = (
+        tl.dot(rows, factors.to(rows.dtype)) + tl.load(bias + o, mask=o < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+    )
+    if ACTIVATION == "relu":
         total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    else:
+    elif ACTIVATION == "elu":
         total = tl.where(total > 0, total, tl.exp(total) - 1)
+    else:
+        total = total * tl.sigmoid(total)
     place = pixel.to(tl.int64)[:, None] * OUTPUTS + o[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(pixel < pixels)[:, None])
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=(pixel < pixels)[:, None] & (o < OUTPUTS)[None, :])
 
 
 @triton.jit
@@ -162,7 +169,8 @@ def gradient_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     LENGTH: tl.constexpr,
-    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
     TURNS: tl.constexpr,
 ):
@@ -171,9 +179,9 @@ def gradient_kernel(
     The parts are summed up later, in one order, so that the result is the same each time.
     """
     part = tl.program_id(0)
-    o = tl.arange(0, OUTPUTS)
+    o = tl.arange(0, WIDE)
     k = tl.arange(0, LENGTH)
-    total = tl.zeros([LENGTH, OUTPUTS], tl.float32)
+    total = tl.zeros([LENGTH, WIDE], tl.float32)
     for turn in range(TURNS):
         pixel = (turn * tl.num_programs(0) + part) * BLOCK + tl.arange(0, BLOCK)
         rows = _patches(
@@ -195,14 +203,14 @@ def gradient_kernel(
             LENGTH,
         )
         place = pixel.to(tl.int64)[:, None] * OUTPUTS + o[None, :]
-        there = (pixel < pixels)[:, None]
+        there = (pixel < pixels)[:, None] & (o < OUTPUTS)[None, :]
         slope = tl.load(gradient + place, mask=there, other=0.0).to(tl.float32)
         height = tl.load(out + place, mask=there, other=0.0).to(tl.float32)
         # of ReLU: what is no number passes; of ELU: its slope below zero is its value and one
-        slope = tl.where(height <= 0, 0.0 if RELU else slope * (height + 1), slope)
+        slope = tl.where(height <= 0, 0.0 if ACTIVATION == "relu" else slope * (height + 1), slope)
         total = tl.dot(tl.trans(rows), slope.to(rows.dtype), total)
     at = partial + (part * LENGTH + k).to(tl.int64)[:, None] * OUTPUTS + o[None, :]
-    tl.store(at, total)
+    tl.store(at, total, mask=(o < OUTPUTS)[None, :])
 
 
 def conv_triton(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
@@ -233,7 +241,8 @@ def gradient_triton(
     pixels = len(out) * out.shape[2] * out.shape[3]
     turns, parts = turns_and_parts(pixels)
     constants = _constants(images, out, side, stride, padding, activation)
-    partial = torch.empty(parts, constants["LENGTH"], out.shape[1], dtype=torch.float32, device=images.device)
+    length = _length(images.shape[1], side)
+    partial = torch.empty(parts, length, out.shape[1], dtype=torch.float32, device=images.device)
     with torch.cuda.device_of(images):
         gradient_kernel[(parts,)](images, gradient, out, partial, pixels, *images.stride(), **constants, TURNS=turns)
     return partial
@@ -262,7 +271,7 @@ def _empty_out(images: Tensor, weight: Tensor, stride: int, padding: int) -> Ten
 
 def _constants(
     images: Tensor, out: Tensor, side: int, stride: int, padding: int, activation: str
-) -> dict[str, int | bool]:
+) -> dict[str, int | str]:
     channels, height, width = images.shape[1:]
     return {
         "HEIGHT": height,
@@ -275,7 +284,8 @@ def _constants(
         "STRIDE": stride,
         "PADDING": padding,
         "LENGTH": _length(channels, side),
-        "RELU": activation == "relu",
+        "WIDE": triton.next_power_of_2(out.shape[1]),
+        "ACTIVATION": activation,
         "BLOCK": PIXELS,
     }
 
@@ -323,14 +333,16 @@ _conv.register_autograd(_backward, setup_context=_keep)
 def conv(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
     """`conv_reference` (see there); differentiable by weight and bias, also compiled.
 
-    By Triton kernels on GPUs from sm_80 on, where the images need no gradient; else by `patches`. activation: "relu" or
-    "elu"; ValueError for another, and for weights that the kernels do not take (`takes`).
+    By Triton kernels on GPUs from sm_80 on, where the images need no gradient, and of SiLU the weights neither; else by
+    `patches`. activation: a name of `ACTIVATIONS`; ValueError for another, and for weights that the kernels do not take
+    (`takes`).
     """
-    if activation not in ("relu", "elu"):
-        raise ValueError(f"activation is {activation!r}, neither relu nor elu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, none of {', '.join(ACTIVATIONS)}")
     if not takes(weight) or images.shape[1] != weight.shape[1]:
         raise ValueError(f"weights {tuple(weight.shape)} on images of {images.shape[1]} channels")
-    if images.requires_grad or not images.is_cuda or torch.cuda.get_device_capability(images.device) < (8, 0):
-        out = patches.conv(images, weight, bias, stride, padding)
-        return F.relu(out) if activation == "relu" else F.elu(out)
+    needed = (images, weight, bias) if activation == "silu" else (images,)  # SiLU's slope is not told by its value
+    learns = any(tensor.requires_grad for tensor in needed)
+    if learns or not images.is_cuda or torch.cuda.get_device_capability(images.device) < (8, 0):
+        return ACTIVATIONS[activation](patches.conv(images, weight, bias, stride, padding))
     return _conv(images, weight, bias, stride, padding, activation)

@@ -29,12 +29,11 @@ class WhitenedCnn(nn.Module):
     negated: `whiten` sets it, and it is not trained. Nothing else depends on the size of the images.
     """
 
-    axes: torch.Tensor
-
     def __init__(self, classes: int, groups: Groups) -> None:
         super().__init__()
         axes = 3 * PATCH**2
-        self.register_buffer("axes", torch.zeros(2 * axes, 3, PATCH, PATCH))
+        self.axes = nn.Conv2d(3, 2 * axes, PATCH, bias=False).requires_grad_(False)
+        self.whitening = nn.Sequential(self.axes, nn.SiLU())
         channels = [2 * axes, *(width for width, _, _ in groups)]
         self.groups = nn.Sequential(*(Group(before, *group) for before, group in zip(channels, groups, strict=False)))
         self.head = nn.Linear(channels[-1], classes, bias=False)
@@ -42,13 +41,14 @@ class WhitenedCnn(nn.Module):
     @torch.no_grad()
     def whiten(self, images: torch.Tensor) -> None:
         """Sets the first layer from images as the network sees them."""
+        weight = self.axes.weight
         patches = F.unfold(images.float(), PATCH).transpose(1, 2).flatten(0, 1)
         values, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu().double())
-        axes = (vectors / (values + WHITENING_EPSILON).sqrt()).T.view(-1, *self.axes.shape[1:])
-        self.axes.copy_(torch.cat([axes, -axes]))
+        axes = (vectors / (values + WHITENING_EPSILON).sqrt()).T.view(-1, *weight.shape[1:])
+        weight.copy_(torch.cat([axes, -axes]))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.groups(F.silu(F.conv2d(images, self.axes))).flatten(2)
+        features = self.groups(self.whitening(images)).flatten(2)
         return LOGIT * self.head(features.max(2)[0] + features.mean(2))
 
 

@@ -1,13 +1,14 @@
 """Kernels in networks: which layers they take, and that a network computes and learns the same with them."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from netdyno.bench.fuse import Replacement, fuse
+from netdyno.bench.fuse import FusedNorm, Replacement, fuse
 from netdyno.bench.step import make_step
 from netdyno.bench.tuning import tuned
 from netdyno.bench.workloads import Workload, dcgan, mnist_cnn
@@ -27,7 +28,7 @@ NETWORKS = [
     (lambda: Dcgan(width=8).discriminator, (3, 64, 64), [0]),
     (lambda: Dcgan(width=8).generator, (100,), [11]),
     (SmallCnn, (1, 28, 28), [0, 3]),
-    (lambda: WhitenedCnn(10, PAIRS), (3, 24, 24), [0, 0, 0]),
+    (lambda: WhitenedCnn(10, PAIRS), (3, 24, 24), [0]),
 ]
 
 
@@ -70,9 +71,27 @@ def test_a_first_layer_takes_its_activation_in(make: Callable[[], nn.Module]) ->
     assert [type(layer) for layer in layers[:2]] == [Replacement, nn.Identity]
 
 
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.ReLU(), nn.LeakyReLU(0.2)], ids=repr)
+def test_batch_norm_takes_pooling_and_activation_in(activation: nn.Module) -> None:
+    """Values, running statistics and what they make of other images."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.MaxPool2d(2), nn.BatchNorm2d(64, momentum=0.4), activation)
+    fused = nn.Sequential(*deepcopy(plain))
+    fuse(fused, torch.float32)
+    assert [type(layer) for layer in fused] == [nn.Identity, FusedNorm, nn.Identity]
+    for training in (True, True, False):
+        images = torch.randn(4, 64, 5, 6) + 1
+        torch.testing.assert_close(fused.train(training)(images), plain.train(training)(images))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(fused[1], name), getattr(plain[1], name))
+
+
 @pytest.mark.parametrize(
     "layers",
     [
+        [nn.BatchNorm2d(96), nn.ReLU()],
+        [nn.BatchNorm2d(64, momentum=None), nn.ReLU()],
+        [nn.BatchNorm2d(64), nn.Tanh()],
         [nn.Conv2d(8, 32, 3), nn.Tanh(), nn.MaxPool2d(2)],
         [nn.Conv2d(8, 32, 3), nn.ELU(alpha=0.5), nn.MaxPool2d(2)],
         [nn.Conv2d(8, 32, 3, padding="same"), nn.ReLU(), nn.MaxPool2d(2)],

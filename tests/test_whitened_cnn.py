@@ -19,7 +19,7 @@ def images(count: int, side: int = 32) -> torch.Tensor:
 def test_patches_come_out_uncorrelated_and_of_unit_variance() -> None:
     network = WhitenedCnn(10, ((8, (3, 3), 0),))
     network.whiten(images(200))
-    seen = F.conv2d(images(200), network.axes).transpose(0, 1).flatten(1)
+    seen = network.whitening[0](images(200)).transpose(0, 1).flatten(1)
     axes = 3 * PATCH**2
     whitened, negated = seen[:axes], seen[axes:]
     covariance = whitened @ whitened.T / whitened.shape[1]
@@ -56,7 +56,7 @@ def test_what_is_trained() -> None:
         if isinstance(layer, nn.BatchNorm2d):
             assert f"{name}.bias" in trained
             assert f"{name}.weight" not in trained
-    assert "axes" not in trained
+    assert not any(name.startswith("whitening") for name in trained)
     assert len(trained) == 6 + 6 + 1
 
 

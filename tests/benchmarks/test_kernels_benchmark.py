@@ -1,4 +1,4 @@
-"""Speed of pooled activation, patches and first layers, forward and backward, beside what they replace."""
+"""Speed of pooled activation, batch norm, patches and first layers, forward and backward, beside what they replace."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from netdyno.kernels import first_layer, patches
+from netdyno.kernels.batch_norm import batch_norm, batch_norm_reference
 from netdyno.kernels.pooled_activation import pooled_activation, pooled_activation_reference
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
@@ -31,6 +32,18 @@ def test_pooled_activation(rate: Callable[..., None], function: Callable[..., Te
     batch = 512 if device == "cuda" else 8
     images = torch.randn(batch, 32, 32, 32).contiguous(memory_format=torch.channels_last)
     run = through(lambda x, bias: function(x, bias, "relu"), device, [images, torch.randn(32)])
+    rate(run, batch, on_gpu=device == "cuda")
+
+
+@pytest.mark.benchmark(group="pooling, batch norm and SiLU of 64 channels at 31×31, both ways")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", [batch_norm, batch_norm_reference], ids=["kernel", "reference"])
+def test_batch_norm(rate: Callable[..., None], function: Callable[..., Tensor], device: str) -> None:
+    torch._dynamo.reset()
+    batch = 1536 if device == "cuda" else 8
+    images = torch.randn(batch, 64, 31, 31).contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.ones(64, device=device) for _ in range(2))
+    run = through(lambda x: function(x, weight, bias, 1e-12, None, True)[0], device, [images])
     rate(run, batch, on_gpu=device == "cuda")
 
 
