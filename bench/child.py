@@ -601,6 +601,9 @@ def communication(step: Step, players: list[Player], batch: Batch, tuning: Tunin
                 parallel.sums(group, half)
         return gradients[0][0]
 
+    sent_bytes = sum(
+        gradient.numel() * parallel.sent_as(gradient, half).itemsize for group in gradients for gradient in group
+    )
     add_up_s = call_s(Captured(add_up, "train") if tuning.capture else add_up) / batch.batches
     with parallel.apart():
         if isinstance(step, Captured):
@@ -612,7 +615,7 @@ def communication(step: Step, players: list[Player], batch: Batch, tuning: Tunin
         "apart_step_s": float(f"{apart_s:.5g}"),
         "exposed_s": float(f"{together_s - apart_s:.5g}"),
         "add_up_s": float(f"{add_up_s:.5g}"),
-        "add_up_mib": mib(sum(gradient.numel() * parallel.sent_as(gradient, half).itemsize for group in gradients for gradient in group)),
+        "add_up_mib": mib(sent_bytes),
     }
 
 

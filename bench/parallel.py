@@ -6,9 +6,9 @@ the captured step, on a CPU by gloo. With one rank there is no process group, an
 got.
 
 Sums are part of the backward graph, whose compiler starts each as soon as its gradients are there, computes what else
-there is and waits for all at the end (`OVERLAP`); uncompiled, they come after the backward pass. The gradient of a weight
-of at least `LARGE` bytes travels alone and, under mixed precision, in its 16-bit type: it came out of a 16-bit kernel,
-and only sums are rounded. All smaller ones of a network travel in fp32, as one bucket.
+there is and waits for all at the end (`OVERLAP`); uncompiled, they come after the backward pass. A gradient of at least
+`LARGE` bytes travels alone and, under mixed precision, in its 16-bit type: it came out of a 16-bit kernel, and only
+sums are rounded. All smaller ones of a network travel in fp32, as one bucket.
 
 What ranks do and do not share:
 
@@ -115,12 +115,12 @@ class _AddingUp(torch.autograd.Function):
     """Weights as they are; backward their gradients' sums."""
 
     @staticmethod
-    def forward(ctx: Any, half: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, half: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.half = half
         return tuple(weight.view_as(weight) for weight in weights)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return None, *sums(gradients, ctx.half)
 
 

@@ -51,7 +51,7 @@ RESIDENT_BYTES = 1 << 30  # of one set: a sixteenth of a T4's memory
 SUPER_BATCH_IMAGES = 16_384
 SUPER_BATCH_BYTES = 64 << 20  # up to four are on the device at a time: DALI's queue, the next and the one in use
 STEPS_AT_ONCE = 32  # of a captured step, at most …
-PARTS_OF_EPOCH = 8  # … and so few that an epoch has as many blocks, since a block of time is a replay or more; ranks share them
+PARTS_OF_EPOCH = 8  # … and so few that an epoch has as many blocks, since a block of time is a replay or more
 DECODE_CHUNK = 256
 
 
@@ -128,7 +128,7 @@ def is_resident(images: np.ndarray) -> bool:
 def batches_at_once(images: np.ndarray, batch_size: int, ranks: int = 1) -> int:
     """How many training batches of `images` [N, H, W, C] a rank's captured step best takes at a time."""
     batches, _ = count_epoch(len(images), batch_size, train=True, ranks=ranks)
-    parts = max(2, PARTS_OF_EPOCH // ranks)  # so much shorter is a rank's epoch
+    parts = max(2, PARTS_OF_EPOCH // ranks)  # of all ranks: each one's epoch is that much shorter
     return _spread(batches, min(STEPS_AT_ONCE, batches // parts, _super_batch(images) // batch_size))
 
 
