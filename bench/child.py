@@ -592,26 +592,30 @@ def communication(step: Step, players: list[Player], batch: Batch, tuning: Tunin
         return call_s(lambda: step(batch.images, batch.labels)) / batch.batches
 
     together_s = seconds()
+    half = DTYPES[tuning.precision]
     gradients = [[torch.zeros_like(weight) for weight in player.parameters] for player in players]
 
     def add_up() -> torch.Tensor:
         for _ in range(batch.batches):  # as many as a step that is replayed has
             for group in gradients:
-                parallel.add_up(group)
+                parallel.sums(group, half)
         return gradients[0][0]
 
+    sent_bytes = sum(
+        gradient.numel() * parallel.sent_as(gradient, half).itemsize for group in gradients for gradient in group
+    )
     add_up_s = call_s(Captured(add_up, "train") if tuning.capture else add_up) / batch.batches
     with parallel.apart():
         if isinstance(step, Captured):
             step.forget()
-            step(batch.images, batch.labels)
+        step(batch.images, batch.labels)  # compiles, where it has to
         apart_s = seconds()
     return {
         "step_s": float(f"{together_s:.5g}"),
         "apart_step_s": float(f"{apart_s:.5g}"),
         "exposed_s": float(f"{together_s - apart_s:.5g}"),
         "add_up_s": float(f"{add_up_s:.5g}"),
-        "add_up_mib": mib(sum(gradient.nbytes for group in gradients for gradient in group)),
+        "add_up_mib": mib(sent_bytes),
     }
 
 

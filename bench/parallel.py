@@ -1,9 +1,14 @@
 """Data parallel: one process a GPU, a *rank*; what a rank knows of the others and what they do together.
 
-Every rank trains its own copy of the network on its part of each global batch. After each backward pass the gradients
-are added up over all ranks (`add_up`), so that all copies take the same step. On GPUs that goes by NCCL and is part of
+Every rank trains its own copy of the network on its part of each global batch. In each backward pass the gradients are
+added up over all ranks (`adding_up`), so that all copies take the same step. On GPUs that goes by NCCL and is part of
 the captured step, on a CPU by gloo. With one rank there is no process group, and what these functions give is what they
 got.
+
+Sums are part of the backward graph, whose compiler starts each as soon as its gradients are there, computes what else
+there is and waits for all at the end (`OVERLAP`); uncompiled, they come after the backward pass. A gradient of at least
+`LARGE` bytes travels alone and, under mixed precision, in its 16-bit type: it came out of a 16-bit kernel, and only
+sums are rounded. All smaller ones of a network travel in fp32, as one bucket.
 
 What ranks do and do not share:
 
@@ -26,9 +31,10 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 PATIENCE = timedelta(minutes=30)  # for another rank; a run that falls silent is ended before
+LARGE = 1 << 20  # bytes of a gradient
+# Options of torch.compile, where there are several ranks: a sum starts as early as it can, and is waited for late.
+OVERLAP: dict[str, Any] = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
+}
 
 _apart = False  # while the ranks train each on its own
 
@@ -69,7 +81,9 @@ def join(device: torch.device) -> None:
     store = dist.PrefixStore(f"attempt {restarts()}", store)
     common: dict[str, Any] = {"store": store, "rank": number, "world_size": count, "timeout": PATIENCE}
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()), **common)
+        first = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # sums do not queue behind convolutions
+        here = torch.device("cuda", torch.cuda.current_device())
+        dist.init_process_group("nccl", device_id=here, pg_options=first, **common)
     else:
         dist.init_process_group("gloo", **common)
 
@@ -85,25 +99,71 @@ def share(loss: Tensor) -> Tensor:
     return loss if ranks() == 1 else loss / ranks()
 
 
-def add_up(gradients: Sequence[Tensor]) -> None:
-    """Makes each of the gradients its sum over all ranks, in place: those of one type as one bucket.
+def adding_up(network: nn.Module, half: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """`network`, to be called in one loss: backward, the gradients of its weights become their sums over all ranks.
 
-    Asks nothing of the device and uses the same memory each time it is replayed: it may be part of a CUDA graph. The
-    gradients are dense, in whatever order of dimensions, and alike in all ranks.
+    half: the type of large gradients on their way, fp32 or that of mixed precision.
     """
     if ranks() == 1 or _apart:
-        return
-    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
-        # as they lie in memory, one behind the other
-        flat = [part.as_strided((part.numel(),), (1,)) for part in gradients if part.dtype is dtype]
-        bucket = torch.cat(flat)
-        dist.all_reduce(bucket)
-        torch._foreach_copy_(flat, list(bucket.split([len(part) for part in flat])))
+        return network
+    trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    weights = dict(zip(trained, _AddingUp.apply(half, *trained.values()), strict=True))
+    return partial(torch.func.functional_call, network, weights)
+
+
+class _AddingUp(torch.autograd.Function):
+    """Weights as they are; backward their gradients' sums."""
+
+    @staticmethod
+    def forward(ctx: Any, half: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.half = half
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *sums(gradients, ctx.half)
+
+
+def sums(gradients: Sequence[Tensor], half: torch.dtype) -> list[Tensor]:
+    """The sum over all ranks of each of the gradients, which are in the order of the forward pass.
+
+    Asks nothing of the device and may be part of a CUDA graph. Gradients are alike in all ranks.
+    """
+    assert dist.group.WORLD is not None
+    group, found = dist.group.WORLD.group_name, list(gradients)
+    # dimensions as they lie in memory, so that a gradient that travels alone need not be moved
+    orders = [sorted(range(part.ndim), key=part.stride, reverse=True) for part in gradients]
+    lying = [part.permute(order) for part, order in zip(gradients, orders, strict=True)]
+    started = []
+    for bucket in buckets(gradients):
+        flat = torch.cat([lying[place].flatten() for place in bucket]).to(sent_as(gradients[bucket[0]], half))
+        started.append((bucket, torch.ops._c10d_functional.all_reduce(flat, "sum", group)))
+    for bucket, sent in started:
+        total = torch.ops._c10d_functional.wait_tensor(sent).to(gradients[bucket[0]].dtype)
+        for place, part in zip(bucket, total.split([gradients[place].numel() for place in bucket]), strict=True):
+            back = [orders[place].index(axis) for axis in range(len(orders[place]))]
+            found[place] = part.view(lying[place].shape).permute(back)
+    return found
+
+
+def buckets(gradients: Sequence[Tensor]) -> list[list[int]]:
+    """Which of the gradients travel together, by their places, in the order in which a backward pass fills them.
+
+    It goes from the last to the first, so that a bucket is full when the first of its gradients is there.
+    """
+    alone = [[place] for place, gradient in enumerate(gradients) if gradient.nbytes >= LARGE]
+    together = [place for place, gradient in enumerate(gradients) if gradient.nbytes < LARGE]
+    return sorted(filter(None, [*alone, together]), reverse=True)
+
+
+def sent_as(gradient: Tensor, half: torch.dtype) -> torch.dtype:
+    """The type in which a gradient is added up."""
+    return half if gradient.nbytes >= LARGE else gradient.dtype
 
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Gradients are not added up meanwhile: to see what a step costs without that."""
+    """Gradients are not added up meanwhile: to see what a step costs without that. A compiled step compiles anew."""
     global _apart
     _apart = True
     try:

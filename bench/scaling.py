@@ -1,8 +1,9 @@
 """How data parallel training would scale on more GPUs than were measured. No torch in here. All of it is *projected*.
 
 A step on n GPUs is taken to last as long as one in which each is left to itself, and on top of it what two GPUs were
-seen to spend on adding up, with the time of NCCL's all-reduce of two replaced by that of n (`project`). The time of an
-all-reduce is NCCL's own model, by which it chooses between ring and tree (`all_reduce_s`). Nothing is fitted.
+seen to spend on adding up, and what NCCL's all-reduce of n takes longer than that of two (`project`): at worst, as the
+backward pass hides no more of it than with two. The time of an all-reduce is NCCL's own model, by which it chooses
+between ring and tree (`all_reduce_s`). Nothing is fitted.
 
 `python -m netdyno.bench.scaling` writes the table of docs/scaling.md anew, from the records in results/.
 """
@@ -96,10 +97,10 @@ class Projection:
 def project(communication: Mapping[str, Any], measured: int, gpus: int, links: Links) -> Projection:
     """From the `communication` of a record of `measured` GPUs of one host to `gpus` of them."""
     alone_s, size = communication["apart_step_s"], communication["add_up_mib"] * 2**20
-    beside_s = max(0.0, communication["exposed_s"] - min(all_reduce_s(size, measured, links).values()))
     ways = all_reduce_s(size, gpus, links)
     way = min(ways, key=ways.__getitem__)
-    step_s = alone_s + beside_s + ways[way]
+    longer_s = ways[way] - min(all_reduce_s(size, measured, links).values())
+    step_s = alone_s + max(0.0, communication["exposed_s"] + longer_s)
     return Projection(gpus=gpus, step_s=step_s, efficiency=alone_s / step_s, way=way)
 
 

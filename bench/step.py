@@ -74,8 +74,6 @@ class Player:
             group["lr"] = rate
         self._ahead = self._ahead[1:]
         self.scaler.scale(parallel.share(loss)).backward()
-        # before the scaler looks for what is not finite: all ranks find the same
-        parallel.add_up([weight.grad for weight in self.parameters if weight.grad is not None])
         if self._coordinates is not None:
             self._coordinates.take_gradients()
         self.scaler.step(self.optimizer)
@@ -169,7 +167,10 @@ def execute(function: Callable[..., torch.Tensor], tuning: Tuning, device: torch
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
             return function(*inputs)
 
-    return torch.compile(under_autocast, fullgraph=True, dynamic=False) if tuning.compile else under_autocast
+    if not tuning.compile:
+        return under_autocast
+    options = parallel.OVERLAP if parallel.ranks() > 1 else None
+    return torch.compile(under_autocast, fullgraph=True, dynamic=False, options=options)
 
 
 def own_batch_size(workload: Workload) -> int:
@@ -204,15 +205,18 @@ def _plain_step(
     """One update of one network by one loss."""
     player = Player(network, workload.recipe, tuning, device, steps)
 
+    half = DTYPES[tuning.precision]
     recipe = workload.recipe
     smoothing, jitter = (recipe.label_smoothing, recipe.jitter) if isinstance(recipe, OpenRecipe) else (0.0, 0.0)
 
     def classification_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         seen = jittered(images, jitter) if jitter else images
-        return F.cross_entropy(network(seen).float(), labels, label_smoothing=smoothing)
+        logits = parallel.adding_up(network, half)(seen)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
     def reconstruction_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.mse_loss(network(images).float(), images.float())
+        rebuilt = parallel.adding_up(network, half)(images)
+        return F.mse_loss(rebuilt.float(), images.float())
 
     objective = classification_loss if workload.objective == "classify" else reconstruction_loss
     loss_of = execute(objective, tuning, device)
@@ -240,19 +244,24 @@ def _adversarial_step(
     assert isinstance(discriminator, nn.Module)
     generator_player = Player(generator, workload.recipe, tuning, device, steps)
     discriminator_player = Player(discriminator, workload.recipe, tuning, device, steps)
+    half = DTYPES[tuning.precision]
 
     def bce(logits: torch.Tensor, label: float) -> torch.Tensor:
         return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, label, dtype=torch.float32))
 
+    def generated(noise: torch.Tensor) -> torch.Tensor:
+        return parallel.adding_up(generator, half)(noise)
+
     def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-        return bce(discriminator(real), REAL_LABEL) + bce(discriminator(fake), 0.0)
+        judge = parallel.adding_up(discriminator, half)
+        return bce(judge(real), REAL_LABEL) + bce(judge(fake), 0.0)
 
     def generator_loss(fake: torch.Tensor) -> torch.Tensor:
         # detached weights: the discriminator's weight gradients, which nobody would use, are not computed
         frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
         return bce(torch.func.functional_call(discriminator, frozen, (fake,)), 1.0)
 
-    generate = execute(generator, tuning, device)
+    generate = execute(generated, tuning, device)
     discriminator_loss_of = execute(discriminator_loss, tuning, device)
     generator_loss_of = execute(generator_loss, tuning, device)
 

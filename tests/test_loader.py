@@ -204,6 +204,7 @@ def test_a_replay_takes_many_batches_but_neither_a_super_batch_nor_an_eighth_of_
     assert dali.batches_at_once(small, 32) == 32  # 1,875 batches in 59 parts
     assert dali.batches_at_once(small, 256) == 26  # 234 in 9: an eighth of them would be 29
     assert dali.batches_at_once(small, 1_024) == 7  # 58 in 9
+    assert dali.batches_at_once(small, 1_024, ranks=2) == 6  # 29 in 5, as of two ranks a quarter is enough
     assert dali.batches_at_once(small, 20_000) == 1
     faces = np.broadcast_to(np.uint8(0), (200_000, 64, 64, 3))
     assert dali.batches_at_once(faces, 512) == 10  # 390 in 39; 5,461 images of 12 KiB are 64 MiB

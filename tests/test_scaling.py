@@ -44,6 +44,14 @@ def test_more_gpus_add_the_difference_of_their_sums() -> None:
     assert project(FOUND, 2, 64, LINKS).step_s == pytest.approx(1.2e-3 + added)
 
 
+def test_sums_that_two_hide_grow_into_the_open() -> None:
+    """Of 10 MiB nothing is exposed on two GPUs; 64 have what they take longer."""
+    hidden = FOUND | {"step_s": 1e-3, "exposed_s": 0.0}
+    size = 10 * 2**20
+    longer = min(all_reduce_s(size, 64, LINKS).values()) - min(all_reduce_s(size, 2, LINKS).values())
+    assert project(hidden, 2, 64, LINKS).step_s == pytest.approx(1e-3 + longer)
+
+
 def test_the_table_tells_measured_from_projected() -> None:
     two = make(1, gpus=2, scaling="weak") | {"communication": FOUND}
     lines = scaling.page_table([make(2), two, two | {"status": "failed"}]).splitlines()

@@ -128,7 +128,8 @@ def is_resident(images: np.ndarray) -> bool:
 def batches_at_once(images: np.ndarray, batch_size: int, ranks: int = 1) -> int:
     """How many training batches of `images` [N, H, W, C] a rank's captured step best takes at a time."""
     batches, _ = count_epoch(len(images), batch_size, train=True, ranks=ranks)
-    return _spread(batches, min(STEPS_AT_ONCE, batches // PARTS_OF_EPOCH, _super_batch(images) // batch_size))
+    parts = PARTS_OF_EPOCH // min(ranks, 4)  # a rank's epoch is that much shorter; two at least
+    return _spread(batches, min(STEPS_AT_ONCE, batches // parts, _super_batch(images) // batch_size))
 
 
 def _super_batch(images: np.ndarray) -> int:
