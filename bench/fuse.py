@@ -114,7 +114,8 @@ def _replacement(conv: Convolution, behind: list[nn.Module], dtype: torch.dtype)
         return partial(_pooled, convolve=convolve, activation=None), 1
     learning = activation is not None and conv.bias is not None
     fixed = behind and isinstance(behind[0], nn.SiLU) and not conv.weight.requires_grad
-    if (learning or fixed) and by_patches and first_layer.takes(conv.weight):
+    dot = dtype is not torch.float16  # which is for cards whose tensor cores Triton does not have
+    if (learning or fixed) and by_patches and dot and first_layer.takes(conv.weight):
         return partial(_first, dtype=dtype, stride=stride, padding=padding, activation=activation or "silu"), 1
     return (convolve, 0) if by_patches else None
 

@@ -472,16 +472,14 @@ def resolve(case: Case) -> Workload:
 def on_many(workload: Workload, gpus: int, scaling: Scaling) -> Workload:
     """The workload on several GPUs; `recipe.batch_size` is that of all together.
 
-    Strong scaling leaves the recipe as it is. Weak scaling takes its batch on each, so many fewer steps an epoch, and a
-    rate that grows with the batch: linearly under SGD (Goyal et al. 2017), by its square root under Adam and RMSprop
-    (Malladi et al. 2022, without their change of β).
+    Strong scaling leaves the recipe as it is. Weak scaling takes its batch on each, so many fewer steps an epoch, and
+    leaves the learning rate: these recipes are at the edge of what trains.
     """
     recipe = workload.recipe
     if workload.division == "open":
         raise UserError(f"{workload.name} is of the open division, which runs on one GPU")
     if scaling == "weak":
-        rate = recipe.learning_rate * (gpus if recipe.optimizer == "sgd" else gpus**0.5)
-        recipe = replace(recipe, batch_size=gpus * recipe.batch_size, learning_rate=rate)
+        recipe = replace(recipe, batch_size=gpus * recipe.batch_size)
     if recipe.batch_size % gpus:
         raise UserError(f"{workload.name}: a batch of {recipe.batch_size} cannot be shared out to {gpus} GPUs")
     return replace(workload, recipe=recipe)

@@ -69,6 +69,10 @@ def test_a_first_layer_takes_its_activation_in(make: Callable[[], nn.Module]) ->
     fuse(network, torch.float32)
     layers = next(module for module in network.modules() if isinstance(module, nn.Sequential))
     assert [type(layer) for layer in layers[:2]] == [Replacement, nn.Identity]
+    half = make()
+    fuse(half, torch.float16)  # the policy of a T4
+    layers = next(module for module in half.modules() if isinstance(module, nn.Sequential))
+    assert type(layers[1]) is not nn.Identity
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.ReLU(), nn.LeakyReLU(0.2)], ids=repr)

@@ -264,10 +264,9 @@ def case_of(workload: str, **changes: Any) -> Case:
     return Case(workload=workload, **({"suite": "full", "tuning": "tuned", "gpus": 4} | changes))
 
 
-def test_weak_scaling_takes_the_batch_on_each_and_a_rate_to_match() -> None:
-    for name, factor in (("cifar10-cnn", 4), ("cifar100-cnn", 2)):  # SGD and Adam
-        one, many = find(name).recipe, resolve(case_of(name)).recipe
-        assert many == replace(one, batch_size=4 * one.batch_size, learning_rate=factor * one.learning_rate)
+def test_weak_scaling_takes_the_batch_on_each() -> None:
+    one, many = find("cifar10-cnn").recipe, resolve(case_of("cifar10-cnn")).recipe
+    assert many == replace(one, batch_size=4 * one.batch_size)
 
 
 def test_strong_scaling_leaves_the_recipe() -> None:
