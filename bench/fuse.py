@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import few_channels, first_layer, patches
-from ..kernels.batch_norm import batch_norm
-from ..kernels.batch_norm import takes as takes_channels
+from ..kernels import batch_norm, few_channels, first_layer, patches
 from ..kernels.pooled_activation import Activation, pooled_activation
 from ..models.resnet50_transfer import ResNet50Transfer
 
@@ -34,30 +32,36 @@ class Replacement(nn.Module):
 
 
 class FusedNorm(nn.BatchNorm2d):
-    """Batch norm that was taken in with its activation and pooling; has its parameters and buffers by their names."""
+    """Batch norm with its activation and pooling, in one; has its parameters and buffers by their names.
 
-    def __init__(self, norm: nn.BatchNorm2d, momentum: float, slope: float | None, pool: bool) -> None:
-        super().__init__(norm.num_features, norm.eps, momentum)
+    `num_batches_tracked` stays as it is.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d, slope: float | None, pool: bool) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.num_batches_tracked = norm.num_batches_tracked
-        self._new_share, self._slope, self._pool = momentum, slope, pool
+        self._slope, self._pool = slope, pool
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
             normed = super().forward(F.max_pool2d(images, 2) if self._pool else images)
             return F.silu(normed) if self._slope is None else F.leaky_relu(normed, self._slope)
-        active, mean, variance = batch_norm(images, self.weight, self.bias, self.eps, self._slope, self._pool)
+        active, mean, variance = batch_norm.batch_norm(
+            images, self.weight, self.bias, self.eps, self._slope, self._pool
+        )
         count = active.numel() // active.shape[1]
         with torch.no_grad():
             for running, new in ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1)))):
                 assert running is not None
-                running.lerp_(new, self._new_share)
+                assert self.momentum is not None
+                running.lerp_(new, self.momentum)
         return active
 
 
 def fuse(network: nn.Module, dtype: torch.dtype) -> None:
-    """Replaces, in every `nn.Sequential` of `network`, convolutions and what follows them where a kernel does the same.
+    """Replaces, in every `nn.Sequential` of `network`, convolutions and batch norms where a kernel does the same.
 
     Parameters stay what they are, under the names that they had; what was taken in is an `nn.Identity` from then on.
     Frozen features of a ResNet become folded ones, and first layers by their kernel, both computed in `dtype`.
@@ -81,14 +85,12 @@ def fuse(network: nn.Module, dtype: torch.dtype) -> None:
 def _fuse_norms(layers: nn.Sequential) -> None:
     modules = list(layers)
     for place, norm in enumerate(modules[:-1]):
-        if not isinstance(norm, nn.BatchNorm2d) or norm.momentum is None or not takes_channels(norm.num_features):
-            continue
         activation = modules[place + 1]
-        if not isinstance(activation, nn.SiLU | nn.ReLU | nn.LeakyReLU):
+        if not _is_plain_norm(norm) or not isinstance(activation, nn.SiLU | nn.ReLU | nn.LeakyReLU):
             continue
         slope = None if isinstance(activation, nn.SiLU) else getattr(activation, "negative_slope", 0.0)
         pool = place > 0 and _is_halving(modules[place - 1])
-        layers[place] = FusedNorm(norm, norm.momentum, slope, pool)
+        layers[place] = FusedNorm(norm, slope, pool)
         for taken in ([place - 1] if pool else []) + [place + 1]:
             layers[taken] = nn.Identity()
 
@@ -138,6 +140,14 @@ def _is_plain(conv: nn.Module) -> TypeGuard[Convolution]:
         return False
     same = all(len(set(pair)) == 1 for pair in (conv.stride, conv.padding, conv.output_padding))
     return same and {*conv.dilation, conv.groups} == {1}
+
+
+def _is_plain_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """A batch norm that `kernels.batch_norm` computes the same: with all that it can have, and no more."""
+    if not isinstance(norm, nn.BatchNorm2d) or type(norm).forward is not nn.BatchNorm2d.forward:
+        return False
+    whole = norm.affine and norm.track_running_stats and norm.momentum is not None
+    return whole and batch_norm.takes(norm.num_features)
 
 
 def _is_narrow(conv: Convolution) -> bool:

@@ -172,7 +172,7 @@ def read_baseline(results: Path, machine: str) -> dict[str, Any]:
     try:
         baseline = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise BaselineError(f"{machine} has no baseline in {results}; netdyno baseline update makes one") from error
+        raise BaselineError(f"{machine} has no baseline in {results}; netdyno baseline update NEW makes one") from error
     except (OSError, ValueError) as error:
         raise BaselineError(f"{path} cannot be read: {error}") from error
     if not isinstance(baseline, dict) or baseline.get("sha256") != _digest(baseline):

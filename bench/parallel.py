@@ -7,8 +7,8 @@ got.
 
 Sums are part of the backward graph, whose compiler starts each as soon as its gradients are there, computes what else
 there is and waits for all at the end (`OVERLAP`); uncompiled, they come after the backward pass. A gradient of at least
-`LARGE` bytes travels alone and, under mixed precision, in its 16-bit type: it came out of a 16-bit kernel, and only
-sums are rounded. All smaller ones of a network travel in fp32, as one bucket.
+`LARGE` bytes travels alone and, under mixed precision, in its 16-bit type: it came out of 16-bit kernels, and sums
+are rounded. All smaller ones of a network travel in fp32, as one bucket.
 
 What ranks do and do not share:
 
@@ -81,9 +81,9 @@ def join(device: torch.device) -> None:
     store = dist.PrefixStore(f"attempt {restarts()}", store)
     common: dict[str, Any] = {"store": store, "rank": number, "world_size": count, "timeout": PATIENCE}
     if device.type == "cuda":
-        first = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # sums do not queue behind convolutions
+        urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # sums do not queue behind convolutions
         here = torch.device("cuda", torch.cuda.current_device())
-        dist.init_process_group("nccl", device_id=here, pg_options=first, **common)
+        dist.init_process_group("nccl", device_id=here, pg_options=urgent, **common)
     else:
         dist.init_process_group("gloo", **common)
 
@@ -139,10 +139,10 @@ def sums(gradients: Sequence[Tensor], half: torch.dtype) -> list[Tensor]:
         flat = torch.cat([lying[place].flatten() for place in bucket]).to(sent_as(gradients[bucket[0]], half))
         started.append((bucket, torch.ops._c10d_functional.all_reduce(flat, "sum", group)))
     for bucket, sent in started:
-        total = torch.ops._c10d_functional.wait_tensor(sent).to(gradients[bucket[0]].dtype)
+        total = torch.ops._c10d_functional.wait_tensor(sent)
         for place, part in zip(bucket, total.split([gradients[place].numel() for place in bucket]), strict=True):
             back = [orders[place].index(axis) for axis in range(len(orders[place]))]
-            found[place] = part.view(lying[place].shape).permute(back)
+            found[place] = part.view(lying[place].shape).permute(back).to(gradients[place].dtype)
     return found
 
 

@@ -326,7 +326,7 @@ def case_name(record: Record) -> str:
     """ "mnist-cnn tuned e2e quick"; division, number of GPUs and scaling where they aren't the common ones."""
     case = {name: _clean(at(record, "case", name)) for name in CASE}
     parts = [case["workload"], case["tuning"], case["mode"], case["suite"]]
-    parts += [case["division"]] if case["division"] != "closed" else []
+    parts += [case["division"]] if case["division"] not in ("closed", case["suite"]) else []
     parts += [f"{case['gpus']} GPUs"] if case["gpus"] != "1" else []
     parts += [case["scaling"]] if at(record, "case", "scaling") else []
     return " ".join(parts)

@@ -114,7 +114,7 @@ def page_table(records: Iterable[Mapping[str, Any]]) -> str:
             newest[case["workload"]] = record
     if not newest:
         return "There is no record of several GPUs yet."
-    headers = ["workload", "", "GPUs", "network", "step, µs", "exposed, µs", "of n × one", "all-reduce"]
+    headers = ["workload", "", "GPUs", "network", "step, µs", "exposed, µs", "step without sums", "all-reduce"]
     lines = []
     for workload, record in sorted(newest.items()):
         found, gpus = record["communication"], record["case"]["gpus"]

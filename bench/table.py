@@ -231,8 +231,9 @@ def _epochs(row: Row, *, spread: bool) -> str:
     shown = [MISSING if value is None else fixed(value) for value in epochs]
     if len(shown) > MAX_EPOCHS_SHOWN:
         shown = [shown[0], "…", shown[-1]]
-    if spread and row.metric_final_low is not None and row.metric_final_high is not None:
-        shown[-1] += f" ± {fixed((row.metric_final_high - row.metric_final_low) / 2)}"
+    low, high = row.metric_final_low, row.metric_final_high
+    if spread and low is not None and high is not None and high > low:  # runs of one seed may be alike
+        shown[-1] += f" ± {fixed((high - low) / 2)}"
     return " ".join(part for part in (" → ".join(shown), row.metric_unit, row.metric) if part)
 
 

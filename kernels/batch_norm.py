@@ -26,12 +26,13 @@ PROGRAMS = 528  # of the sums, about: four on each multiprocessor of an H200
 def batch_norm_reference(
     images: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float | None, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In plain PyTorch: the activated values, of the images' type, and each channel's mean and variance.
+    """In plain PyTorch: the activated values, of the images' type, and each channel's mean and variance, [C].
 
-    weight, bias: [C]. slope: of leaky ReLU below zero; None: SiLU. pool: pooled 2×2 before all of it.
+    Those two are of the type of `weight` and `bias`, fp32 or fp64 [C], and not differentiable. slope: of leaky ReLU
+    below zero; None: SiLU. pool: pooled 2×2 before all of it.
     """
     pooled = F.max_pool2d(images, 2) if pool else images
-    variance, mean = torch.var_mean(pooled, (0, 2, 3), correction=0)
+    variance, mean = torch.var_mean(pooled.detach().to(weight.dtype), (0, 2, 3), correction=0)
     normed = F.batch_norm(pooled, None, None, weight, bias, training=True, eps=eps)
     return F.silu(normed) if slope is None else F.leaky_relu(normed, slope), mean, variance
 
@@ -433,7 +434,7 @@ class _BatchNorm(torch.autograd.Function):
 def by_kernels(
     images: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float | None, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`batch_norm` wherever Triton runs. Mean and variance are not differentiable."""
+    """`batch_norm` wherever Triton runs."""
     active, mean, variance = _BatchNorm.apply(images, weight, bias, eps, slope, pool)
     return active, mean.detach(), variance.detach()
 

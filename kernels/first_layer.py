@@ -178,6 +178,7 @@ def gradient_kernel(
 
     The parts are summed up later, in one order, so that the result is the same each time.
     """
+    tl.static_assert(ACTIVATION == "relu" or ACTIVATION == "elu", "only their slopes are told by their values")
     part = tl.program_id(0)
     o = tl.arange(0, WIDE)
     k = tl.arange(0, LENGTH)
@@ -234,7 +235,7 @@ def conv_triton(images: Tensor, weight: Tensor, bias: Tensor, stride: int, paddi
 def gradient_triton(
     images: Tensor, gradient: Tensor, out: Tensor, side: int, stride: int, padding: int, activation: str
 ) -> Tensor:
-    """The gradient of weights and bias in fp32, by part of the pixels: [parts, LENGTH, O].
+    """The gradient of weights and bias in fp32, by part of the pixels: [parts, LENGTH, O]. activation: ReLU or ELU.
 
     gradient: of `out`, which is what `conv_triton` gave; both channels last.
     """

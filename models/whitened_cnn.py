@@ -32,8 +32,7 @@ class WhitenedCnn(nn.Module):
     def __init__(self, classes: int, groups: Groups) -> None:
         super().__init__()
         axes = 3 * PATCH**2
-        self.axes = nn.Conv2d(3, 2 * axes, PATCH, bias=False).requires_grad_(False)
-        self.whitening = nn.Sequential(self.axes, nn.SiLU())
+        self.whitening = nn.Sequential(nn.Conv2d(3, 2 * axes, PATCH, bias=False).requires_grad_(False), nn.SiLU())
         channels = [2 * axes, *(width for width, _, _ in groups)]
         self.groups = nn.Sequential(*(Group(before, *group) for before, group in zip(channels, groups, strict=False)))
         self.head = nn.Linear(channels[-1], classes, bias=False)
@@ -41,7 +40,7 @@ class WhitenedCnn(nn.Module):
     @torch.no_grad()
     def whiten(self, images: torch.Tensor) -> None:
         """Sets the first layer from images as the network sees them."""
-        weight = self.axes.weight
+        weight = self.get_parameter("whitening.0.weight")
         patches = F.unfold(images.float(), PATCH).transpose(1, 2).flatten(0, 1)
         values, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).cpu().double())
         axes = (vectors / (values + WHITENING_EPSILON).sqrt()).T.view(-1, *weight.shape[1:])

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Makes the records that results/ publishes, on the machine it runs on, and goes on where it stopped when run again.
-# Needs a GPU, the real image sets in $NETDYNO_DATA and an idle machine; about 20 minutes on a fast card.
+# Needs a GPU, the real image sets in $NETDYNO_DATA and an idle machine; about an hour on a fast card.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 netdyno=${NETDYNO:-.venv/bin/netdyno}
 
 $netdyno doctor --results results || true                          # the ceilings that records are held against
-$netdyno run --suite full --results results --resume               # tuned and eager, to the targets
-$netdyno run --suite full --tuning tuned --mode compute --results results --resume   # what the loader costs
+$netdyno run --suite full --repeats 3 --results results --resume               # tuned and eager, to the targets
+$netdyno run --suite full --tuning tuned --mode compute --repeats 3 --results results --resume   # what the loader costs
 $netdyno run --suite full --tuning t4 --results results --resume   # the T4 policy on this card
 # What cifar10-cnn and conv-autoencoder must reach: each seed once, on any machine, whatever became of the code since.
 for workload in cifar10-cnn conv-autoencoder; do

@@ -1,8 +1,8 @@
 """Tries every fault in full and writes docs/reliability.md: python tests/faults.py
 
 A fault is a test with the mark `fault("what")`. As part of the suite it is tried a few times; here the killed suites
-are killed 200 times. A test counts as one try unless it says how many it made; what it lost it says too, and a test
-that fails without saying has lost one.
+are killed hundreds of times. A test counts as one try unless it says how many it made; what it lost it says too, and a
+test that fails without saying has lost one.
 """
 
 import os

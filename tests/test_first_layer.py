@@ -175,11 +175,19 @@ def test_what_the_kernels_do_not_take() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("outputs", [32, 128])
+@pytest.mark.parametrize("outputs", [24, 32, 128])
 @pytest.mark.parametrize("kernel", [conv_kernel, gradient_kernel], ids=["conv", "gradient"])
 def test_kernels_compile_without_a_gpu(dtype: str, outputs: int, kernel) -> None:
     values = dict.fromkeys(("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH", "OUTPUTS"), 32) | {"OUTPUTS": outputs}
-    values |= {"CHANNELS": 3, "SIDE": 3, "STRIDE": 1, "PADDING": 1, "LENGTH": 32, "WIDE": outputs, "ACTIVATION": "elu"}
+    values |= {
+        "CHANNELS": 3,
+        "SIDE": 3,
+        "STRIDE": 1,
+        "PADDING": 1,
+        "LENGTH": 32,
+        "WIDE": triton.next_power_of_2(outputs),
+        "ACTIVATION": "elu",
+    }
     values |= {"BLOCK": first_layer.PIXELS} | ({"TURNS": 8} if kernel is gradient_kernel else {})
     pointers = {"images": dtype, "gradient": dtype, "out": dtype}
     pointers |= {"weight": "fp32", "bias": "fp32", "partial": "fp32"}

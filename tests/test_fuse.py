@@ -20,6 +20,12 @@ from netdyno.models.mnist_cnn import MnistCnn
 from netdyno.models.small_cnn import SmallCnn
 from netdyno.models.whitened_cnn import PAIRS, WhitenedCnn
 
+
+class Other(nn.BatchNorm2d):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return -images
+
+
 NETWORKS = [
     (MnistCnn, (1, 28, 28), [0, 5]),
     (Cifar10Cnn, (3, 32, 32), [0, 2, 7, 12]),
@@ -86,6 +92,8 @@ def test_batch_norm_takes_pooling_and_activation_in(activation: nn.Module) -> No
     for training in (True, True, False):
         images = torch.randn(4, 64, 5, 6) + 1
         torch.testing.assert_close(fused.train(training)(images), plain.train(training)(images))
+    assert fused.train()(images.bfloat16()).dtype is torch.bfloat16
+    plain.train()(images.bfloat16())
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(fused[1], name), getattr(plain[1], name))
 
@@ -96,6 +104,9 @@ def test_batch_norm_takes_pooling_and_activation_in(activation: nn.Module) -> No
         [nn.BatchNorm2d(96), nn.ReLU()],
         [nn.BatchNorm2d(64, momentum=None), nn.ReLU()],
         [nn.BatchNorm2d(64), nn.Tanh()],
+        [nn.BatchNorm2d(64, affine=False), nn.ReLU()],
+        [nn.BatchNorm2d(64, track_running_stats=False), nn.ReLU()],
+        [Other(64), nn.ReLU()],
         [nn.Conv2d(8, 32, 3), nn.Tanh(), nn.MaxPool2d(2)],
         [nn.Conv2d(8, 32, 3), nn.ELU(alpha=0.5), nn.MaxPool2d(2)],
         [nn.Conv2d(8, 32, 3, padding="same"), nn.ReLU(), nn.MaxPool2d(2)],

@@ -145,7 +145,7 @@ def test_a_comparison_without_a_verdict_that_decides_does_not_pass() -> None:
 def test_records_of_another_machine_do_not_pass(netdyno: Any, results: Path, tmp_path: Path) -> None:
     ended = netdyno("gate", new(tmp_path, session(7, first=30, machine=CPU)))
     assert ended.code == 3
-    assert "cpu-amd-epyc-2c has no baseline in results; netdyno baseline update makes one" in ended.out
+    assert "cpu-amd-epyc-2c has no baseline in results; netdyno baseline update NEW makes one" in ended.out
 
 
 @pytest.mark.parametrize(

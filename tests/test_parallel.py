@@ -265,8 +265,9 @@ def case_of(workload: str, **changes: Any) -> Case:
 
 
 def test_weak_scaling_takes_the_batch_on_each() -> None:
-    one, many = find("cifar10-cnn").recipe, resolve(case_of("cifar10-cnn")).recipe
-    assert many == replace(one, batch_size=4 * one.batch_size)
+    for name in ("cifar10-cnn", "cifar100-cnn"):  # SGD and Adam
+        one, many = find(name).recipe, resolve(case_of(name)).recipe
+        assert many == replace(one, batch_size=4 * one.batch_size)
 
 
 def test_strong_scaling_leaves_the_recipe() -> None:

@@ -145,6 +145,8 @@ def test_memory_lies_between_what_was_counted_and_that_with_trials() -> None:
     found = 0
     for path in (ROOT / "results").glob("*h200*/*/tuned-e2e-*.json"):
         record: dict[str, Any] = json.loads(path.read_text())
+        if record["case"].get("division") == "open":
+            continue  # whose steps are not counted
         recipe = record["case"]["recipe"]
         projected_mib = memory_mib(STEPS[record["case"]["workload"]], recipe["batch_size"], recipe["optimizer"])
         assert 0.9 * projected_mib <= record["memory"]["nvml_process_peak_mib"] <= projected_mib + TRIALS_MIB
