@@ -37,7 +37,9 @@ def report(
     ] = ReportFormat.html,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="MACHINE", help="What others are compared with.  [default: the first GPU]"),
+        typer.Option(
+            "--base", metavar="MACHINE", help="What others are compared with.  [default: the GPU of most cases]"
+        ),
     ] = None,
     prices: Annotated[
         Path | None, typer.Option("--prices", metavar="FILE", help="A CSV file with the columns machine,usd_per_hour.")

@@ -106,6 +106,13 @@ def test_overview_of_one_machine_is_tuned_over_eager() -> None:
     assert points(chart)["dcgan, official data · NVIDIA H200 · tuned"] == ratio
 
 
+def test_the_gpu_of_most_cases_is_the_base() -> None:
+    few, machine = one(machine=T4 | {"slug": "few"}), T4 | {"slug": "many"}
+    cases = [one()["case"] | {"tuning": tuning} for tuning in ("eager", "tuned")]
+    many = [one(id=f"20261124T00000{n}Z-1", machine=machine, case=case) for n, case in enumerate(cases)]
+    assert page_of([few, *many]).bases == ["many", "few"]
+
+
 def test_the_base_is_chosen_by_slug_gpu_or_name() -> None:
     for name in (T4["slug"], "Tesla T4"):
         assert page_of(fleet(1), base=name).bases[0] == "Tesla T4"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ..errors import UserError
@@ -62,8 +63,9 @@ def page(
 
 
 def _bases(book: Book, first: str | None) -> list[str]:
-    """The names of all machines, `first` first."""
-    machines = list(book.machines.values())
+    """The names of all machines, `first` or the GPU of most cases first."""
+    cases = Counter(entry.machine for entry in book.entries)
+    machines = sorted(book.machines.values(), key=lambda machine: (machine.gpu is None, -cases[machine.slug]))
     if first is not None:
         chosen = [machine for machine in machines if first in (machine.slug, machine.label, machine.gpu)]
         if len(chosen) != 1:
