@@ -29,6 +29,7 @@ def data_of(page: str) -> dict[str, Any]:
     return {id: json.loads(text) for id, text in found}
 
 
+@pytest.mark.fault("a record that would run a script in the report")
 def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     write([spoiled(), {**spoiled(), "id": "20261124T1", "status": "failed"}], tmp_path)
     read, problems = load.find([tmp_path])
