@@ -225,7 +225,10 @@ def kill_suites(make_suite: Callable[[int], Suite], kills: int, number: signal.S
             process.join(chance.uniform(0, lasts_s) if killed < kills else None)
             if not process.is_alive():
                 break
-            suite.kill(process, number)
+            try:
+                suite.kill(process, number)
+            except ProcessLookupError:  # it came to its end after all
+                break
             killed += 1
         suite.end()
         lost += suite.lost
