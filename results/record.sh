@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 netdyno=${NETDYNO:-.venv/bin/netdyno}
 
-$netdyno doctor --results results || true                          # the ceilings that records are held against
-$netdyno run --suite full --repeats 3 --results results --resume               # tuned and eager, to the targets
+$netdyno doctor --results results || true   # the ceilings that records are held against
+$netdyno run --suite full --repeats 3 --results results --resume   # tuned and eager, to the targets
 $netdyno run --suite full --tuning tuned --mode compute --repeats 3 --results results --resume   # what the loader costs
 $netdyno run --suite full --tuning t4 --results results --resume   # the T4 policy on this card
 # What cifar10-cnn and conv-autoencoder must reach: each seed once, on any machine, whatever became of the code since.

@@ -46,6 +46,16 @@ def of(comparison: Comparison, quantity: str = "throughput") -> Verdict:
 # Single verdicts
 
 
+def test_a_case_is_called_by_what_sets_it_apart() -> None:
+    """The open division by its suite alone, where that says it."""
+    for suite, division, name in (
+        ("full", "closed", "full"),
+        ("open", "open", "open"),
+        ("quick", "open", "quick open"),
+    ):
+        assert regress.case_name(make(1, suite=suite, division=division)) == f"mnist-cnn tuned e2e {name}"
+
+
 def test_the_same_runs_are_the_same() -> None:
     old = runs(steady(20))
     comparison = compare(old, runs(steady(7, seed=1), 20))

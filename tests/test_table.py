@@ -209,6 +209,13 @@ def test_the_source_of_an_energy_that_no_counter_gave_stands_beside_it() -> None
     assert "energy" not in table.to_markdown([make(1)])  # a column for nothing
 
 
+def test_runs_that_end_alike_have_no_spread() -> None:
+    """As those of one seed do: ± 0.00 would be taken for certainty."""
+    for finals, shown in (((98.0, 98.4, 98.2), "98.20 ± 0.20 %"), ((98.2,) * 3, "98.20 %")):
+        text = table.to_markdown([make(n, accuracy=accuracy([final])) for n, final in enumerate(finals, 1)])
+        assert f"| {shown} test accuracy " in text
+
+
 def test_targets() -> None:
     lower = accuracy([30.0, 20.0], 25.0, higher_is_better=False, reached=True, metric="SWD", unit="×10³")
     assert "≤ 25.00 ×10³ reached" in table.to_markdown([make(1, accuracy=lower)])
