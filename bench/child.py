@@ -593,12 +593,13 @@ def communication(step: Step, players: list[Player], batch: Batch, tuning: Tunin
 
     together_s = seconds()
     half = DTYPES[tuning.precision]
-    gradients = [[torch.zeros_like(weight) for weight in player.parameters] for player in players]
+    gradients = [[torch.randn_like(weight) for weight in player.parameters] for player in players]
+    orders = [[parallel.in_memory(weight) for weight in player.parameters] for player in players]
 
     def add_up() -> torch.Tensor:
         for _ in range(batch.batches):  # as many as a step that is replayed has
-            for group in gradients:
-                parallel.sums(group, half)
+            for group, order in zip(gradients, orders, strict=True):
+                parallel.sums(group, order, half)
         return gradients[0][0]
 
     sent_bytes = sum(

@@ -116,27 +116,32 @@ class _AddingUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, half: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.half = half
+        ctx.half, ctx.orders = half, [in_memory(weight) for weight in weights]
         return tuple(weight.view_as(weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *sums(gradients, ctx.half)
+        return None, *sums(gradients, ctx.orders, ctx.half)
 
 
-def sums(gradients: Sequence[Tensor], half: torch.dtype) -> list[Tensor]:
+def in_memory(tensor: Tensor) -> list[int]:
+    """The dimensions of a tensor, from the one with the longest stride to that with the shortest."""
+    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+
+
+def sums(gradients: Sequence[Tensor], orders: Sequence[list[int]], half: torch.dtype) -> list[Tensor]:
     """The sum over all ranks of each of the gradients, which are in the order of the forward pass.
 
-    Asks nothing of the device and may be part of a CUDA graph. Gradients are alike in all ranks.
+    orders: the dimensions of each weight as they are `in_memory`. Sums lie so, too; gradients do once they are compiled,
+    although a trace may show them otherwise. Asks nothing of the device and may be part of a CUDA graph.
     """
     assert dist.group.WORLD is not None
     group, found = dist.group.WORLD.group_name, list(gradients)
-    # dimensions as they lie in memory, so that a gradient that travels alone need not be moved
-    orders = [sorted(range(part.ndim), key=part.stride, reverse=True) for part in gradients]
     lying = [part.permute(order) for part, order in zip(gradients, orders, strict=True)]
     started = []
     for bucket in buckets(gradients):
-        flat = torch.cat([lying[place].flatten() for place in bucket]).to(sent_as(gradients[bucket[0]], half))
+        rows = [lying[place].flatten() for place in bucket]
+        flat = (rows[0] if len(rows) == 1 else torch.cat(rows)).to(sent_as(gradients[bucket[0]], half))
         started.append((bucket, torch.ops._c10d_functional.all_reduce(flat, "sum", group)))
     for bucket, sent in started:
         total = torch.ops._c10d_functional.wait_tensor(sent)

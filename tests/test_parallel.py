@@ -81,7 +81,10 @@ large = (torch.arange(24.0).view(2, 3, 2, 2) + me).to(memory_format=torch.channe
 gradients = [torch.full((5,), 0.5 * me), large, torch.tensor(1.0), 3 * large[:1]]
 parallel.LARGE = large.nbytes
 assert parallel.buckets(gradients) == [[1], [0, 2, 3]]
-summed = parallel.sums(gradients, torch.bfloat16)
+orders = [parallel.in_memory(gradient) for gradient in gradients]
+assert orders == [[0], [0, 2, 3, 1], [], [0, 2, 3, 1]]
+gradients[1] = large.contiguous()  # as a trace may show it
+summed = parallel.sums(gradients, orders, torch.bfloat16)
 assert [one.dtype for one in summed] == [torch.float32] * 4
 assert torch.equal(summed[1], (3 * torch.arange(24.0).view(2, 3, 2, 2) + 3).bfloat16().float())
 assert summed[1].stride() == large.stride()
