@@ -156,7 +156,7 @@ def run(
         typer.Option(
             "--scaling",
             metavar="SCALING",
-            help="Of several GPUs. weak: the recipe's batch on each of them; strong: shared out to them.",
+            help="Of several GPUs. weak: the recipe's work on each of them; strong: shared out to them.",
         ),
     ] = Scaling.weak,
     restarts: Annotated[

@@ -132,8 +132,8 @@ def in_memory(tensor: Tensor) -> list[int]:
 def sums(gradients: Sequence[Tensor], orders: Sequence[list[int]], half: torch.dtype) -> list[Tensor]:
     """The sum over all ranks of each of the gradients, which are in the order of the forward pass.
 
-    orders: the dimensions of each weight as they are `in_memory`. Sums lie so, too; gradients do once they are compiled,
-    although a trace may show them otherwise. Asks nothing of the device and may be part of a CUDA graph.
+    orders: the dimensions of each weight as they are `in_memory`. Sums lie so, too, and compiled gradients do, although
+    a trace may show them otherwise. Asks nothing of the device and may be part of a CUDA graph.
     """
     assert dist.group.WORLD is not None
     group, found = dist.group.WORLD.group_name, list(gradients)

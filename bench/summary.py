@@ -350,9 +350,9 @@ def _beside_one(row: Row, one: Row | None) -> Row:
 
 
 def _on_one(row: Row) -> tuple:
-    """What a row shares with that of one GPU: the recipe, under weak scaling with the batch that each GPU has."""
+    """What a row shares with that of one GPU: the recipe but for its length; under weak scaling the batch on each."""
     batch = row.batch_size
-    recipe = {name: value for name, value in row.recipe.items() if name not in ("batch_size", "learning_rate")}
+    recipe = {name: value for name, value in row.recipe.items() if name not in ("batch_size", "epochs")}
     if row.scaling == "weak" and batch is not None and row.gpus:
         batch /= row.gpus
     return *_contest(replace(row, gpus=1, scaling=None)), row.tuning, batch, _key(recipe)

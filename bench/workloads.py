@@ -434,7 +434,7 @@ class Case:
     seed: int = 0
     seeds: int = 1  # in the open division: so many from `seed` on, one after the other
     gpus: int = 1  # or processes, where there is no GPU: what `bench/parallel.py` calls ranks
-    scaling: Scaling = "weak"  # of several: the recipe's batch on each of them, or (strong) shared out
+    scaling: Scaling = "weak"  # of several: the recipe's work on each of them, or (strong) shared out
 
     def __str__(self) -> str:
         seeds = f"seed {self.seed}" if self.seeds == 1 else f"seeds {self.seed} to {self.seed + self.seeds - 1}"
@@ -472,14 +472,15 @@ def resolve(case: Case) -> Workload:
 def on_many(workload: Workload, gpus: int, scaling: Scaling) -> Workload:
     """The workload on several GPUs; `recipe.batch_size` is that of all together.
 
-    Strong scaling leaves the recipe as it is. Weak scaling takes its batch on each, so many fewer steps an epoch, and
-    leaves the learning rate: these recipes are at the edge of what trains.
+    Strong scaling leaves the recipe as it is. Under weak scaling each GPU does the work of one: the recipe's batch, in
+    as many steps. Together they see so many times the images, in so many times the epochs. The learning rate stays:
+    these recipes are at the edge of what trains.
     """
     recipe = workload.recipe
     if workload.division == "open":
         raise UserError(f"{workload.name} is of the open division, which runs on one GPU")
     if scaling == "weak":
-        recipe = replace(recipe, batch_size=gpus * recipe.batch_size)
+        recipe = replace(recipe, batch_size=gpus * recipe.batch_size, epochs=gpus * recipe.epochs)
     if recipe.batch_size % gpus:
         raise UserError(f"{workload.name}: a batch of {recipe.batch_size} cannot be shared out to {gpus} GPUs")
     return replace(workload, recipe=recipe)

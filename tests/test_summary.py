@@ -172,20 +172,18 @@ def test_no_speedup_across_what_may_not_be_compared(changes: dict[str, Any]) -> 
 
 
 def test_scaling_efficiency_is_of_the_same_batch_on_each_gpu() -> None:
-    def recipe(batch: int, rate: float) -> dict[str, Any]:
-        return {"batch_size": batch, "learning_rate": rate, "epochs": 2}
+    def recipe(batch: int, epochs: int = 2) -> dict[str, Any]:
+        return {"batch_size": batch, "learning_rate": 0.1, "epochs": epochs}
 
-    one = make(1, images_per_s=1_000.0, recipe=recipe(128, 0.1))
-    other = make(2, images_per_s=3_000.0, recipe=recipe(256, 0.1))
-    weak = make(3, images_per_s=1_900.0, recipe=recipe(256, 0.2), gpus=2, scaling="weak")
-    strong = make(4, images_per_s=4_500.0, recipe=recipe(256, 0.1), gpus=2, scaling="strong")
+    one = make(1, images_per_s=1_000.0, recipe=recipe(128))
+    other = make(2, images_per_s=3_000.0, recipe=recipe(256))
+    weak = make(3, images_per_s=1_900.0, recipe=recipe(256, 4), gpus=2, scaling="weak")
+    strong = make(4, images_per_s=4_500.0, recipe=recipe(256), gpus=2, scaling="strong")
     found = {(row.gpus, row.scaling): row.scaling_efficiency for row in summarise([one, other, weak, strong])}
     assert found == {(1, None): None, (2, "weak"): 0.95, (2, "strong"): 0.75}
     assert summarise([weak, other])[1].scaling_efficiency is None
     assert summarise([weak, one | {"machine": CPU}])[1].scaling_efficiency is None
-    assert (
-        summarise([weak, make(5, status="failed", reason="x", recipe=recipe(128, 0.1))])[1].scaling_efficiency is None
-    )
+    assert summarise([weak, make(5, status="failed", reason="x", recipe=recipe(128))])[1].scaling_efficiency is None
 
 
 def test_ways_to_scale_are_apart() -> None:

@@ -52,7 +52,7 @@ COLUMNS = (
     _column("seed", "case.seed", "number", "of weights, order and augmentation"),
     _column("gpus", "case.gpus", "number", "GPUs used"),
     _column(
-        "scaling", "case.scaling", "text", "of several GPUs: weak, the recipe's batch on each, or strong, shared out"
+        "scaling", "case.scaling", "text", "of several GPUs: weak, the recipe's work on each, or strong, shared out"
     ),
     _column("batch_size", "case.recipe.batch_size", "number", "images a step"),
     _column("epochs", "case.recipe.epochs", "number", "epochs that the recipe asks for"),
