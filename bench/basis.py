@@ -28,7 +28,8 @@ class Coordinates:
     the 27 of three, and so back, so that all filters take a handful of kernels together.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], compile: bool) -> None:
+        self._sums = torch.compile(_sums, fullgraph=True, dynamic=False) if compile else _sums
         self._filters = [weight for weight in parameters if weight.shape[2:] == (3, 3)]
         count = sum(weight.numel() for weight in self._filters)
         widest = max(9 * _channels(weight) for weight in self._filters)
@@ -54,26 +55,29 @@ class Coordinates:
     @torch.no_grad()
     def read(self) -> None:
         """The coordinates of what the filters are now."""
-        self._values.copy_(self._sums(_flat(self._filters), self._there))
+        self._values.copy_(self._sums(_flat(self._filters), self._block, self._there))
 
     @torch.no_grad()
     def take_gradients(self) -> None:
         """Hands the filters' gradients to their coordinates."""
         gradients = [weight.grad for weight in self._filters if weight.grad is not None]
         assert len(gradients) == len(self._filters)
-        self._values.grad = self._sums(_flat(gradients), self._there)
+        self._values.grad = self._sums(_flat(gradients), self._block, self._there)
         for weight in self._filters:
             weight.grad = None
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Sets the filters to what their coordinates are now."""
-        taps = self._sums(self._values, self._back).split([weight.numel() for weight in self._filters])
+        taps = self._sums(self._values.detach(), self._block, self._back)
         filters = [_last(weight) for weight in self._filters]
-        torch._foreach_copy_(filters, [new.view(old.shape) for old, new in zip(filters, taps, strict=True)])
+        parts = taps.split([weight.numel() for weight in filters])
+        torch._foreach_copy_(filters, [new.view(old.shape) for old, new in zip(filters, parts, strict=True)])
 
-    def _sums(self, values: Tensor, factors: Tensor) -> Tensor:
-        return (values[self._block] * factors).sum(1)
+
+def _sums(values: Tensor, block: Tensor, factors: Tensor) -> Tensor:
+    """For each coordinate the sum of its block's `values`, at its own factors."""
+    return (values[block] * factors).sum(1)
 
 
 def _channels(weight: Tensor) -> int:

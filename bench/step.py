@@ -34,7 +34,7 @@ class Player:
 
     def __init__(self, network: nn.Module, recipe: Recipe, tuning: Tuning, device: torch.device, steps: int) -> None:
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self._coordinates = Coordinates(self.parameters) if recipe.basis == "frequencies" else None
+        self._coordinates = Coordinates(self.parameters, tuning.compile) if recipe.basis == "frequencies" else None
         trained = self.parameters if self._coordinates is None else self._coordinates.trained
         self.optimizer = make_optimizer(trained, recipe, tuning)
         self.scaler = torch.amp.GradScaler(device.type, enabled=tuning.precision == "fp16")

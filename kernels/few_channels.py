@@ -1,8 +1,9 @@
 """3×3 convolutions of a few channels, such as those of first layers and of the autoencoder, with bias and ReLU fused.
 
-cuDNN pads 3, 4 and 8 channels to 32, or runs an implicit matrix product that is mostly empty. Here each output pixel is
-a sum over taps and input channels in fp32 registers: no tensor cores, so that Turing runs the same code. What the ReLU
-does to a gradient, and the bias's own, are left to torch.compile, which puts them into what it runs beside.
+cuDNN pads 3, 4 and 8 channels to 32, or runs an implicit matrix product that is mostly empty. In bf16, which is for
+GPUs whose tensor cores Triton has, `patches_in_registers` does the work. In fp32 and fp16 each output pixel is a sum
+over taps and input channels in fp32 registers: no tensor cores, so that Turing runs it too. What the ReLU does to a
+gradient, and there the bias's own, are left to torch.compile, which puts them into what it runs beside.
 
 Shapes: B images, I input and O output channels, [H, W] the input's and [HO, WO] the output's size, where HO is
 H + 2·padding - 2. A transposed convolution of stride 1 and padding q is a convolution of padding 2 - q with the
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import patches_in_registers
 
 LANES = 128  # threads of a program: four warps, one below the other, each of 32 columns
 ROWS = 4  # output pixels of a thread of `conv_kernel`, which is written for four: each weight is read once for all
@@ -305,38 +308,61 @@ def summed(partial: Tensor) -> Tensor:
     return partial.sum(0).permute(2, 0, 1).unflatten(2, (3, 3))
 
 
+def _by_tensor_cores(images: Tensor) -> bool:
+    return images.dtype is torch.bfloat16
+
+
 @torch.library.custom_op("netdyno::few_channel_conv", mutates_args=())
 def _conv(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool, transposed: bool) -> Tensor:
+    if _by_tensor_cores(images):
+        activation = "relu" if relu else "none"
+        return patches_in_registers.conv_triton(images, weight, bias, 1, padding, activation, transposed=transposed)
     return conv_triton(images, weight, bias, padding, relu, transposed=transposed)
 
 
 @_conv.register_fake
 def _(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool, transposed: bool) -> Tensor:
+    return _room(images, len(bias), padding)
+
+
+def _room(images: Tensor, channels: int, padding: int) -> Tensor:
+    """For an output of so many channels."""
+    if _by_tensor_cores(images):
+        return patches_in_registers.empty_out(images, channels, 3, 1, padding)
     b, _, h, w = images.shape
-    return images.new_empty(b, len(bias), h + 2 * padding - 2, w + 2 * padding - 2)
+    return images.new_empty(b, channels, h + 2 * padding - 2, w + 2 * padding - 2)
 
 
 @torch.library.custom_op("netdyno::few_channel_conv_images", mutates_args=())
 def _of_images(gradient: Tensor, weight: Tensor, padding: int, transposed: bool) -> Tensor:
     """The gradient of the images."""
+    if _by_tensor_cores(gradient):
+        return patches_in_registers.conv_triton(
+            gradient, weight, None, 1, 2 - padding, "none", transposed=not transposed
+        )
     return conv_triton(gradient, weight, None, 2 - padding, False, transposed=not transposed)
 
 
 @_of_images.register_fake
 def _(gradient: Tensor, weight: Tensor, padding: int, transposed: bool) -> Tensor:
-    b, _, h, w = gradient.shape
-    channels = weight.shape[0] if transposed else weight.shape[1]
-    return gradient.new_empty(b, channels, h - 2 * padding + 2, w - 2 * padding + 2)
+    return _room(gradient, weight.shape[0] if transposed else weight.shape[1], 2 - padding)
 
 
 @torch.library.custom_op("netdyno::few_channel_conv_weights", mutates_args=())
 def _of_weights(images: Tensor, gradient: Tensor, padding: int) -> Tensor:
+    """Parts of the gradient of the weights; by tensor cores of the bias too, as `patches_in_registers` has it."""
+    if _by_tensor_cores(images):
+        return patches_in_registers.gradient_triton(images, gradient, gradient, 3, 1, padding, "none")
     return weight_gradient_triton(images, gradient, padding)
 
 
 @_of_weights.register_fake
 def _(images: Tensor, gradient: Tensor, padding: int) -> Tensor:
-    shape = (turns_and_parts(images, gradient)[1], images.shape[1], 9, gradient.shape[1])
+    inputs, outputs = images.shape[1], gradient.shape[1]
+    if _by_tensor_cores(images):
+        shape: tuple[int, ...] = patches_in_registers.partial_shape(gradient, inputs, 3)
+    else:
+        shape = (turns_and_parts(images, gradient)[1], inputs, 9, outputs)
     return images.new_empty(shape, dtype=torch.float32)
 
 
@@ -350,11 +376,16 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     padding, relu, transposed = ctx.options
     if relu:
         gradient = torch.where(out <= 0, 0.0, gradient)  # what is no number passes
+    if _by_tensor_cores(images):
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_weight, of_bias = patches_in_registers.summed(_of_weights(images, gradient, padding), images.shape[1], 3)
+        of_weight = turned(of_weight) if transposed else of_weight
+    else:
+        # A transposed convolution's weights see the images where a convolution's see the gradient.
+        partial = _of_weights(gradient, images, 2 - padding) if transposed else _of_weights(images, gradient, padding)
+        of_weight, of_bias = summed(partial), gradient.sum((0, 2, 3), dtype=torch.float32)
     of_images = _of_images(gradient, weight, padding, transposed) if ctx.needs_input_grad[0] else None
-    # A transposed convolution's weights see the images where a convolution's see the gradient.
-    partial = _of_weights(gradient, images, 2 - padding) if transposed else _of_weights(images, gradient, padding)
-    bias = gradient.sum((0, 2, 3), dtype=torch.float32)
-    return of_images, summed(partial).to(weight.dtype), bias.to(weight.dtype), None, None, None
+    return of_images, of_weight.to(weight.dtype), of_bias.to(weight.dtype), None, None, None
 
 
 _conv.register_autograd(_backward, setup_context=_keep)

@@ -8,6 +8,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from ..kernels.conv_relu import conv_relu
 
+WHOLE = 8  # channels that tensor cores take at once
+
 
 def fold(conv: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution that does `norm`'s work too. ValueError for one that goes not straight."""
@@ -39,9 +41,43 @@ class FoldedConvolution(nn.Module):
         self.stride, self.padding = conv.stride[0], int(conv.padding[0])
 
     def forward(self, images: Tensor, added: Tensor | None = None) -> Tensor:
-        if self.weight.shape[1] < 8:  # the stem: no fused kernel takes three channels
-            return F.conv2d(images, self.weight, self.bias, self.stride, self.padding).relu()
         return conv_relu(images, self.weight, self.bias, added, self.stride, self.padding)
+
+
+class FoldedStem(FoldedConvolution):
+    """A `FoldedConvolution` of images with few channels: over their blocks of `stride` × `stride` pixels.
+
+    Three channels leave most of a tensor core empty. A block has stride² times as many, filled up with zeros to a
+    multiple of `WHOLE`, and over blocks the convolution has stride 1.
+    """
+
+    def __init__(self, conv: nn.Module, norm: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(conv, norm, dtype)
+        outputs, channels, self.side, _ = self.weight.shape
+        stride = self.stride
+        blocks = -(-self.side // stride)
+        missing = blocks * stride - self.side
+        whole = F.pad(self.weight, (0, missing, 0, missing)).view(outputs, channels, blocks, stride, blocks, stride)
+        blocked = whole.permute(0, 1, 3, 5, 2, 4).reshape(outputs, channels * stride**2, blocks, blocks)
+        self.filling = -blocked.shape[1] % WHOLE
+        self.weight = _filled(blocked, self.filling).contiguous(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor, added: Tensor | None = None) -> Tensor:
+        # behind the last pixel that a filter meets come zeros up to the end of a block, which weights of zero meet
+        behind = [self._to_blocks(size) - size - self.padding for size in images.shape[:1:-1]]
+        padded = F.pad(images, (self.padding, behind[0], self.padding, behind[1]))
+        blocks = _filled(F.pixel_unshuffle(padded, self.stride), self.filling)
+        return conv_relu(blocks.contiguous(memory_format=torch.channels_last), self.weight, self.bias, added, 1, 0)
+
+    def _to_blocks(self, size: int) -> int:
+        """Pixels of whole blocks that the filters of `size` pixels reach over, with the padding before them."""
+        outputs = (size + 2 * self.padding - self.side) // self.stride + 1
+        return self.stride * (outputs - 1 + self.weight.shape[2])
+
+
+def _filled(images: Tensor, channels: int) -> Tensor:
+    """With so many channels of zeros more."""
+    return F.pad(images, (0, 0, 0, 0, 0, channels))
 
 
 class FoldedBottleneck(nn.Module):
@@ -76,7 +112,7 @@ class FoldedResNet(nn.Module):
     def __init__(self, resnet: ResNet, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.stem = FoldedConvolution(resnet.conv1, resnet.bn1, dtype)
+        self.stem = FoldedStem(resnet.conv1, resnet.bn1, dtype)
         layers = (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
         self.blocks = nn.Sequential(*(FoldedBottleneck(block, dtype) for layer in layers for block in layer))
 

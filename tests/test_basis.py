@@ -34,7 +34,7 @@ def test_filters_come_back_and_others_stay_themselves() -> None:
         memory_format=torch.channels_last  # type: ignore[call-overload]
     )
     before = copy.deepcopy(network.state_dict())
-    coordinates = Coordinates(list(network.parameters()))
+    coordinates = Coordinates(list(network.parameters()), compile=True)
     filters = network[0].weight.numel() + network[1].weight.numel()
     assert coordinates.trained[0].shape == (filters,)
     assert coordinates.trained[1:] == [network[0].bias, network[1].bias, *network[2].parameters()]
@@ -54,7 +54,7 @@ def test_filters_come_back_and_others_stay_themselves() -> None:
 def test_coordinates_are_products_with_the_axes() -> None:
     """Of gradients as of weights; filters over other than three channels, channel by channel."""
     weight, other = nn.Parameter(torch.randn(2, 3, 3, 3)), nn.Parameter(torch.randn(4, 5, 3, 3))
-    coordinates = Coordinates([weight, other])
+    coordinates = Coordinates([weight, other], compile=False)
     weight.grad, other.grad = torch.randn_like(weight), torch.randn_like(other)
     grads = weight.grad.flatten(1) @ frequencies(3), other.grad.flatten(2) @ frequencies(1)
     coordinates.take_gradients()

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from netdyno.kernels import few_channels
+from netdyno.kernels import few_channels, patches_in_registers
 from netdyno.kernels.few_channels import (
     conv,
     conv_kernel,
@@ -86,6 +86,32 @@ def compare_kernels_with_float64(device: str, cases: Iterable[Numbered]) -> None
         close(behind, exact[0].grad, TOLERANCE[dtype])
 
 
+def compare_tensor_cores_with_float64(device: str, cases: Iterable[Numbered]) -> None:
+    """Which are in another kernel; on a CPU the interpreter plays them."""
+    for n, shape, dtype, padding in cases:
+        relu = n % 5 < 3
+        images, weight, bias = case(shape, dtype, n % 2 == 0, device)
+        # what tensor cores multiply is of the images' type: the reference starts from the same numbers
+        exact = [images.double(), weight.to(dtype).double(), bias.double()]
+        for tensor in exact:
+            tensor.requires_grad_()
+        out = patches_in_registers.conv_triton(images, weight, bias, 1, padding, "relu" if relu else "none")
+        assert out.dtype == dtype
+        close(out, conv_reference(*exact, padding, relu), TOLERANCE[dtype])
+
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        F.conv2d(*exact, padding=padding).backward(gradient.double())
+        partial = patches_in_registers.gradient_triton(images, gradient, gradient, 3, 1, padding, "none")
+        of_weight, of_bias = patches_in_registers.summed(partial, images.shape[1], 3)
+        close(of_weight, exact[1].grad, 1e-5)
+        close(of_bias, exact[2].grad, 1e-5)
+        if n % 3 == 0:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        behind = patches_in_registers.conv_triton(gradient, weight, None, 1, 2 - padding, "none", transposed=True)
+        close(behind, exact[0].grad, TOLERANCE[dtype])
+
+
 def test_kernels_equal_float64_in_the_interpreter() -> None:
     """In a process of its own: Triton decides for the interpreter when a kernel is defined."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -99,7 +125,9 @@ def test_kernels_equal_float64_in_the_interpreter() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
 def test_kernels_equal_float64_on_the_gpu(shape: tuple[int, ...]) -> None:
-    compare_kernels_with_float64("cuda", [case for case in cases_of(SHAPES + LARGE) if case[1] == shape])
+    cases = [case for case in cases_of(SHAPES + LARGE) if case[1] == shape]
+    compare_kernels_with_float64("cuda", cases)
+    compare_tensor_cores_with_float64("cuda", [case for case in cases if case[2] is torch.bfloat16])
 
 
 @pytest.mark.gpu
@@ -113,16 +141,17 @@ def test_what_is_no_number_is_not_hidden_by_relu() -> None:
 
 
 @pytest.mark.gpu
-def test_gradients_through_torch_compile() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_through_torch_compile(dtype: torch.dtype) -> None:
     """A chain of two, as networks use it: the first with images that need no gradient, the second transposed."""
-    images, weight, bias = case(SHAPES[0], torch.float32, True, "cuda")
+    images, weight, bias = case(SHAPES[0], dtype, True, "cuda")
     second, other = torch.randn(8, 4, 3, 3, device="cuda"), torch.randn(4, device="cuda")
 
     def chain(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         return conv(conv(images, w1, b1, 0, True), w2, b2, 1, False, transposed=True).square().mean()
 
     def reference(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return F.conv_transpose2d(F.conv2d(images, w1, b1).relu(), w2, b2, padding=1).square().mean()
+        return F.conv_transpose2d(F.conv2d(images.float(), w1, b1).relu(), w2, b2, padding=1).square().mean()
 
     found = []
     for run in (reference, torch.compile(chain, fullgraph=True)):
@@ -131,7 +160,7 @@ def test_gradients_through_torch_compile() -> None:
         loss.backward()
         found.append([loss.detach(), *(parameter.grad for parameter in parameters)])
     for got, expected in zip(*reversed(found), strict=True):
-        close(got, expected, 1e-3)  # cuDNN's may be TF32
+        close(got, expected, 1e-3 if dtype is torch.float32 else 2e-2)  # cuDNN's may be TF32
 
 
 @pytest.mark.parametrize("padding", [0, 1, 2])
@@ -171,7 +200,7 @@ def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel, mirr
     assert ("bf16" in compiled.asm["ptx"]) == (dtype == "bf16")
 
 
-def compare_gradients() -> None:
+def compare_gradients(tolerance: float) -> None:
     """Through autograd, both directions, by the custom operators, which a CPU takes in the interpreter alone."""
     for n, (transposed, padding) in enumerate(product((False, True), (0, 1, 2))):
         relu, (i, o) = n % 2 == 0, ((3, 8), (4, 1))[n // 2 % 2]
@@ -189,11 +218,14 @@ def compare_gradients() -> None:
             (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
             found.append([out.detach(), *(tensor.grad for tensor in inputs)])
         for got, expected in zip(*found, strict=True):
-            close(got, expected, 1e-5)
+            close(got, expected, tolerance)
 
 
 if __name__ == "__main__":
-    compare_gradients()
-    few_channels.PROGRAMS = 2  # several tasks for a program, and more room than tasks
+    compare_gradients(1e-5)
+    few_channels.PROGRAMS = patches_in_registers.PROGRAMS = 2  # several tasks for a program, and more room than tasks
     compare_kernels_with_float64("cpu", cases_of(SHAPES))
+    compare_tensor_cores_with_float64("cpu", [case for case in cases_of(SHAPES) if case[2] is not torch.bfloat16])
+    few_channels._by_tensor_cores = lambda images: True
+    compare_gradients(1e-5)
     print("equal")

@@ -11,16 +11,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from netdyno.kernels import first_layer
-from netdyno.kernels.first_layer import (
-    conv,
-    conv_kernel,
-    conv_reference,
-    conv_triton,
-    gradient_kernel,
-    gradient_triton,
-    summed,
-)
+from netdyno.kernels import first_layer, patches_in_registers
+from netdyno.kernels.first_layer import conv, conv_reference, conv_triton, gradient_triton, summed
+from netdyno.kernels.patches_in_registers import conv_kernel, gradient_kernel
 
 # B, C, O, H, W, side, stride, padding: those of networks, and what is odd
 CASES = [
@@ -78,7 +71,7 @@ def compare_with_float64(case: tuple[int, ...], dtype: torch.dtype, activation: 
     slope = gradient.double() * torch.where(out <= 0, below, 1.0)
     of_weight = torch.nn.grad.conv2d_weight(exact[0], weight.shape, slope, stride, padding)
     partial = gradient_triton(images, gradient, out, case[5], stride, padding, activation)
-    for got, wanted in zip(summed(partial, weight.shape), (of_weight, slope.sum((0, 2, 3))), strict=True):
+    for got, wanted in zip(summed(partial, *weight.shape[1:3]), (of_weight, slope.sum((0, 2, 3))), strict=True):
         close(got, wanted, tolerance)
 
 
@@ -97,7 +90,7 @@ def sum_exactly(case: tuple[int, ...], device: str) -> None:
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     expected.backward(gradient.double())
     partial = gradient_triton(images, gradient, out, side, stride, padding, "relu")
-    for got, leaf in zip(summed(partial, weight.shape), exact[1:], strict=True):
+    for got, leaf in zip(summed(partial, *weight.shape[1:3]), exact[1:], strict=True):
         assert torch.equal(got.double(), leaf.grad)
 
 
@@ -184,11 +177,13 @@ def test_kernels_compile_without_a_gpu(dtype: str, outputs: int, kernel) -> None
         "SIDE": 3,
         "STRIDE": 1,
         "PADDING": 1,
+        "LINES": 3,
         "LENGTH": 32,
         "WIDE": triton.next_power_of_2(outputs),
         "ACTIVATION": "elu",
     }
-    values |= {"BLOCK": first_layer.PIXELS} | ({"TURNS": 8} if kernel is gradient_kernel else {})
+    values |= {"COLUMNS": patches_in_registers.COLUMNS, "ROWS": patches_in_registers.ROWS}
+    values |= {"TURNS": 8, "TILES": 8} if kernel is gradient_kernel else {"MIRRORED": False, "BIASED": True}
     pointers = {"images": dtype, "gradient": dtype, "out": dtype}
     pointers |= {"weight": "fp32", "bias": "fp32", "partial": "fp32"}
     signature = {
@@ -201,7 +196,7 @@ def test_kernels_compile_without_a_gpu(dtype: str, outputs: int, kernel) -> None
 
 
 if __name__ == "__main__":
-    first_layer.PROGRAMS = 2  # several blocks for a program
+    patches_in_registers.PROGRAMS = 2  # several blocks for a program
     for n, one in enumerate(CASES):
         for kind in (torch.float32, torch.float16):
             compare_with_float64(one, kind, ("relu", "elu", "silu")[n % 3], "cpu")

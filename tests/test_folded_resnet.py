@@ -7,7 +7,7 @@ from torchvision.models import resnet50
 
 from netdyno.bench.fuse import fuse
 from netdyno.kernels.conv_relu import conv_relu, conv_relu_reference
-from netdyno.models.folded_resnet import FoldedResNet
+from netdyno.models.folded_resnet import FoldedConvolution, FoldedResNet, FoldedStem
 from netdyno.models.resnet50_transfer import ResNet50Transfer
 
 
@@ -29,6 +29,17 @@ def test_folded_features_are_those_of_the_network() -> None:
     resnet = used_resnet().double()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(FoldedResNet(resnet, torch.float64)(images), resnet(images))
+
+
+@pytest.mark.parametrize(("side", "stride", "padding"), [(7, 2, 3), (3, 2, 0), (4, 3, 1), (5, 1, 2), (2, 4, 0)])
+@pytest.mark.parametrize("size", [(23, 32), (24, 21)])
+def test_a_stem_over_blocks_is_the_convolution(side: int, stride: int, padding: int, size: tuple[int, int]) -> None:
+    conv = nn.Conv2d(3, 8, side, stride, padding, dtype=torch.float64)
+    norm = nn.BatchNorm2d(8).double().eval()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    stem = FoldedStem(conv, norm, torch.float64)
+    assert stem.weight.shape[1] % 8 == 0
+    torch.testing.assert_close(stem(images), FoldedConvolution(conv, norm, torch.float64)(images))
 
 
 def test_the_transfer_network_keeps_its_head_and_takes_any_type_of_images() -> None:

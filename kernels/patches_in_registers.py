@@ -1,0 +1,346 @@
+"""Convolutions of few channels on tensor cores, which Triton has from sm_80 on: patches put together in registers.
+
+As a product over patches (see `patches`) the patches are written and read, bias and activation pass over the output
+once more, and over its gradient twice. Here memory is passed once: images read and outputs written forward, and
+backward both read beside the outputs' gradient.
+
+Shapes: images [B, C, H, W], outputs [B, O, HO, WO], channels last. A patch, the values under one pixel, is put together
+line by line of its taps: a line's values lie side by side. A piece is one line, where its pixels can be loaded as a
+whole, or all lines; behind its values come, in the first piece, a one, whose gradient is the bias's, and zeros up to
+LENGTH, a power of two. A program's block is a tile of `COLUMNS` pixels in `ROWS` rows of one image.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COLUMNS, ROWS = 32, 4  # of a tile: a pixel for each of 128 threads
+NARROWEST = 16  # side of a product
+PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor
+STAGES = 3  # … in which tiles of many outputs are under way; few gain nothing by it (H200)
+
+
+@triton.jit
+def _patches(
+    image,
+    y,
+    x,
+    there,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SIDE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    FIRST: tl.constexpr,
+    LINES: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """The piece from line FIRST on of the patches under the pixels (y, x): [pixels, LENGTH]; zeros if not `there`."""
+    k = tl.arange(0, LENGTH)
+    tap = k // CHANNELS
+    down, across = FIRST + tap // SIDE, tap % SIDE
+    top, left = y * STRIDE - PADDING, x * STRIDE - PADDING
+    at = ((top * WIDTH + left) * CHANNELS)[:, None] + ((down * WIDTH + across) * CHANNELS + k % CHANNELS)[None, :]
+    inside = there[:, None] & (tap < LINES * SIDE)[None, :]
+    if PADDING > 0:
+        row, column = top[:, None] + down[None, :], left[:, None] + across[None, :]
+        inside &= (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+    values = tl.load(image + at, mask=inside, other=0.0)
+    if FIRST == 0:
+        values = tl.where(there[:, None] & (k == LINES * SIDE * CHANNELS)[None, :], 1.0, values).to(values.dtype)
+    return values
+
+
+@triton.jit
+def _pixels(tile, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Row and column of each pixel of an image's `tile`, and whether the image has it."""
+    lane = tl.arange(0, COLUMNS * ROWS)
+    tiles_across: tl.constexpr = (OUT_WIDTH + COLUMNS - 1) // COLUMNS
+    y = tile // tiles_across * ROWS + lane // COLUMNS
+    x = tile % tiles_across * COLUMNS + lane % COLUMNS
+    return y, x, (y < OUT_HEIGHT) & (x < OUT_WIDTH)
+
+
+@triton.jit
+def _factors(
+    weight,
+    weight_o,
+    weight_c,
+    weight_y,
+    weight_x,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SIDE: tl.constexpr,
+    MIRRORED: tl.constexpr,
+    FIRST: tl.constexpr,
+    LINES: tl.constexpr,
+    LENGTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """What the piece of a patch from line FIRST on is multiplied by: [LENGTH, WIDE]."""
+    k = tl.arange(0, LENGTH)
+    o = tl.arange(0, WIDE)
+    tap = FIRST * SIDE + k // CHANNELS
+    tap = SIDE * SIDE - 1 - tap if MIRRORED else tap
+    at = weight + (k % CHANNELS * weight_c + tap // SIDE * weight_y + tap % SIDE * weight_x)[:, None]
+    used = (k < LINES * SIDE * CHANNELS)[:, None] & (o < OUTPUTS)[None, :]
+    return tl.load(at + o[None, :] * weight_o, mask=used, other=0.0)
+
+
+@triton.jit
+def conv_kernel(
+    images,
+    weight,
+    bias,
+    out,
+    weight_o,
+    weight_c,
+    weight_y,
+    weight_x,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SIDE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    LINES: tl.constexpr,
+    LENGTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    MIRRORED: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """Programs: (tile, image). MIRRORED: the taps. out: [B, HO, WO, O]."""
+    n = tl.program_id(1).to(tl.int64)
+    image = images + n * (HEIGHT * WIDTH * CHANNELS)
+    y, x, there = _pixels(tl.program_id(0), OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS)
+    o = tl.arange(0, WIDE)
+    total = tl.zeros([COLUMNS * ROWS, WIDE], tl.float32)
+    for first in tl.static_range(0, SIDE, LINES):
+        values = _patches(image, y, x, there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, first, LINES, LENGTH)
+        factors = _factors(
+            weight,
+            weight_o,
+            weight_c,
+            weight_y,
+            weight_x,
+            CHANNELS,
+            OUTPUTS,
+            SIDE,
+            MIRRORED,
+            first,
+            LINES,
+            LENGTH,
+            WIDE,
+        )
+        total = tl.dot(values, factors.to(values.dtype), total)
+    if BIASED:
+        total += tl.load(bias + o, mask=o < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION == "relu":
+        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "elu":
+        total = tl.where(total > 0, total, tl.exp(total) - 1)
+    elif ACTIVATION == "silu":
+        total = total * tl.sigmoid(total)
+    at = out + n * (OUT_HEIGHT * OUT_WIDTH * OUTPUTS) + ((y * OUT_WIDTH + x) * OUTPUTS)[:, None] + o[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=there[:, None] & (o < OUTPUTS)[None, :])
+
+
+@triton.jit
+def gradient_kernel(
+    images,
+    gradient,
+    out,
+    partial,
+    tasks,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    SIDE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    LINES: tl.constexpr,
+    LENGTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    """Programs: parts of the tasks, which are tiles of images, TILES of each; TURNS a program.
+
+    gradient, out: [B, HO, WO, O]. partial: fp32 [parts, pieces, LENGTH, O]. The parts are summed up later, in one
+    order, so that the result is the same each time.
+    """
+    tl.static_assert(LINES == SIDE or (LINES == 1 and SIDE == 3), "one piece, or three")
+    tl.static_assert(ACTIVATION != "silu", "whose slope is not told by its value")
+    part = tl.program_id(0)
+    o = tl.arange(0, WIDE)
+    t0 = tl.zeros([LENGTH, WIDE], tl.float32)
+    t1 = t0
+    t2 = t0
+    for turn in range(TURNS):
+        task = turn * tl.num_programs(0) + part
+        n = tl.minimum(task, tasks - 1) // TILES
+        y, x, there = _pixels(task % TILES, OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS)
+        there &= task < tasks
+        at = n.to(tl.int64) * (OUT_HEIGHT * OUT_WIDTH * OUTPUTS)
+        place = ((y * OUT_WIDTH + x) * OUTPUTS)[:, None] + o[None, :]
+        stored = there[:, None] & (o < OUTPUTS)[None, :]
+        slope = tl.load(gradient + at + place, mask=stored, other=0.0)
+        if ACTIVATION != "none":
+            height = tl.load(out + at + place, mask=stored, other=0.0).to(tl.float32)
+            # of ReLU: what is no number passes; of ELU: its slope below zero is its value and one
+            below = 0.0 if ACTIVATION == "relu" else slope.to(tl.float32) * (height + 1)
+            slope = tl.where(height <= 0, below, slope.to(tl.float32)).to(slope.dtype)
+        image = images + n.to(tl.int64) * (HEIGHT * WIDTH * CHANNELS)
+        for first in tl.static_range(0, SIDE, LINES):
+            values = _patches(image, y, x, there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, first, LINES, LENGTH)
+            total = tl.dot(tl.trans(values), slope.to(values.dtype), t0 if first == 0 else t1 if first == 1 else t2)
+            if first == 0:
+                t0 = total
+            elif first == 1:
+                t1 = total
+            else:
+                t2 = total
+    k = tl.arange(0, LENGTH)[:, None]
+    for first in tl.static_range(0, SIDE, LINES):
+        at = partial + ((part * (SIDE // LINES) + first // LINES) * LENGTH).to(tl.int64) * OUTPUTS + o[None, :]
+        tl.store(at + k * OUTPUTS, t0 if first == 0 else t1 if first == 1 else t2, mask=(o < OUTPUTS)[None, :])
+
+
+def lines_and_length(channels: int, side: int) -> tuple[int, int]:
+    """Of a piece. Lines come one by one where a pixel's channels are loaded at once, and three pieces are few."""
+    lines = 1 if channels in (4, 8) and side == 3 else side
+    return lines, max(NARROWEST, triton.next_power_of_2(lines * side * channels + 1))
+
+
+def conv_triton(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    activation: str,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Activation(convolution + bias) by the kernel, summed up in fp32.
+
+    images: [B, C, H, W]. weight: [O, C, K, K], or transposed [C, O, K, K], whose taps are then mirrored. bias: [O].
+    activation: "relu", "elu", "silu" or "none". Returns [B, O, HO, WO] of the images' type, channels last.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    if transposed:
+        weight = weight.transpose(0, 1)
+    out = empty_out(images, len(weight), weight.shape[2], stride, padding)
+    with torch.cuda.device_of(images):
+        conv_kernel[(_tiles(out), len(images))](
+            images,
+            weight,
+            weight if bias is None else bias,
+            out,
+            *weight.stride(),
+            **_constants(images, out, weight.shape[2], stride, padding, activation),
+            MIRRORED=transposed,
+            BIASED=bias is not None,
+        )
+    return out
+
+
+def gradient_triton(
+    images: Tensor,
+    gradient: Tensor,
+    out: Tensor,
+    side: int,
+    stride: int,
+    padding: int,
+    activation: str,
+) -> Tensor:
+    """The gradient of weights and bias in fp32, by part of the pixels: [parts, pieces, LENGTH, O].
+
+    gradient: [B, O, HO, WO], of `out`, which is what `conv_triton` gave; both channels last. activation: not "silu".
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    turns, _ = turns_and_parts(out)
+    shape = partial_shape(out, images.shape[1], side)
+    partial = torch.empty(shape, dtype=torch.float32, device=images.device)
+    with torch.cuda.device_of(images):
+        gradient_kernel[(len(partial),)](
+            images,
+            gradient,
+            out,
+            partial,
+            len(out) * _tiles(out),
+            **_constants(images, out, side, stride, padding, activation),
+            TILES=_tiles(out),
+            TURNS=turns,
+            num_stages=STAGES if out.shape[1] > NARROWEST else 1,
+        )
+    return partial
+
+
+def _tiles(out: Tensor) -> int:
+    """Of an image's outputs."""
+    return triton.cdiv(out.shape[3], COLUMNS) * triton.cdiv(out.shape[2], ROWS)
+
+
+def turns_and_parts(out: Tensor) -> tuple[int, int]:
+    """How many tasks each program of a gradient does, and into how many parts they are cut."""
+    tasks = len(out) * _tiles(out)
+    turns = triton.cdiv(tasks, PROGRAMS)
+    return turns, triton.cdiv(tasks, turns)
+
+
+def partial_shape(out: Tensor, channels: int, side: int) -> tuple[int, int, int, int]:
+    """Of what `gradient_triton` gives."""
+    lines, length = lines_and_length(channels, side)
+    return turns_and_parts(out)[1], side // lines, length, out.shape[1]
+
+
+def summed(partial: Tensor, channels: int, side: int) -> tuple[Tensor, Tensor]:
+    """The gradients of weights, [O, C, K, K], and of the bias, [O], from what `gradient_triton` gives."""
+    total = partial.sum(0)
+    values = side // len(total) * side * channels  # of a piece
+    return total[:, :values].reshape(side, side, channels, -1).permute(3, 2, 0, 1), total[0, values]
+
+
+def empty_out(images: Tensor, outputs: int, side: int, stride: int, padding: int) -> Tensor:
+    """Room for [B, outputs, HO, WO], channels last."""
+    height, width = ((size + 2 * padding - side) // stride + 1 for size in images.shape[2:])
+    return images.new_empty(len(images), height, width, outputs).permute(0, 3, 1, 2)
+
+
+def _constants(
+    images: Tensor, out: Tensor, side: int, stride: int, padding: int, activation: str
+) -> dict[str, int | str]:
+    channels, height, width = images.shape[1:]
+    lines, length = lines_and_length(channels, side)
+    return {
+        "HEIGHT": height,
+        "WIDTH": width,
+        "OUT_HEIGHT": out.shape[2],
+        "OUT_WIDTH": out.shape[3],
+        "CHANNELS": channels,
+        "OUTPUTS": out.shape[1],
+        "SIDE": side,
+        "STRIDE": stride,
+        "PADDING": padding,
+        "LINES": lines,
+        "LENGTH": length,
+        "WIDE": max(NARROWEST, triton.next_power_of_2(out.shape[1])),
+        "ACTIVATION": activation,
+        "COLUMNS": COLUMNS,
+        "ROWS": ROWS,
+    }
