@@ -254,7 +254,7 @@ def resnet50_transfer() -> Workload:
 
     Without ImageNet weights the features are random, and there is no target.
     """
-    recipe = Recipe(batch_size=32, epochs=50, optimizer="adam", learning_rate=1e-3, momentum=0.9)
+    source = Recipe(batch_size=32, epochs=50, optimizer="adam", learning_rate=1e-3, momentum=0.9)
     return Workload(
         name="resnet50-transfer",
         dataset="flowers",
@@ -270,9 +270,9 @@ def resnet50_transfer() -> Workload:
         ),
         metric=ACCURACY,
         target=89.05,
-        recipe=recipe,
-        source=recipe,
-        quick=replace(recipe, epochs=2, train_images=256, eval_images=64),
+        recipe=replace(source, batch_size=128, learning_rate=2e-3),
+        source=source,
+        quick=replace(source, epochs=2, train_images=256, eval_images=64),
         eval_batch_size=32,
         source_augments=True,
         weights="imagenet",

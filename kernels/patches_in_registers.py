@@ -114,13 +114,14 @@ def conv_kernel(
     ACTIVATION: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     MIRRORED: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """Programs: (tile, image). MIRRORED: the taps. out: [B, HO, WO, O]."""
-    n = tl.program_id(1).to(tl.int64)
+    """Programs: tiles of images, TILES of each. MIRRORED: the taps. out: [B, HO, WO, O]."""
+    n = (tl.program_id(0) // TILES).to(tl.int64)
     image = images + n * (HEIGHT * WIDTH * CHANNELS)
-    y, x, there = _pixels(tl.program_id(0), OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS)
+    y, x, there = _pixels(tl.program_id(0) % TILES, OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS)
     o = tl.arange(0, WIDE)
     total = tl.zeros([COLUMNS * ROWS, WIDE], tl.float32)
     for first in tl.static_range(0, SIDE, LINES):
@@ -246,7 +247,7 @@ def conv_triton(
         weight = weight.transpose(0, 1)
     out = empty_out(images, len(weight), weight.shape[2], stride, padding)
     with torch.cuda.device_of(images):
-        conv_kernel[(_tiles(out), len(images))](
+        conv_kernel[(len(images) * _tiles(out),)](
             images,
             weight,
             weight if bias is None else bias,
@@ -284,7 +285,6 @@ def gradient_triton(
             partial,
             len(out) * _tiles(out),
             **_constants(images, out, side, stride, padding, activation),
-            TILES=_tiles(out),
             TURNS=turns,
             num_stages=STAGES if out.shape[1] > NARROWEST else 1,
         )
@@ -343,4 +343,5 @@ def _constants(
         "ACTIVATION": activation,
         "COLUMNS": COLUMNS,
         "ROWS": ROWS,
+        "TILES": _tiles(out),
     }

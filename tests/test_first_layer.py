@@ -182,8 +182,8 @@ def test_kernels_compile_without_a_gpu(dtype: str, outputs: int, kernel) -> None
         "WIDE": triton.next_power_of_2(outputs),
         "ACTIVATION": "elu",
     }
-    values |= {"COLUMNS": patches_in_registers.COLUMNS, "ROWS": patches_in_registers.ROWS}
-    values |= {"TURNS": 8, "TILES": 8} if kernel is gradient_kernel else {"MIRRORED": False, "BIASED": True}
+    values |= {"COLUMNS": patches_in_registers.COLUMNS, "ROWS": patches_in_registers.ROWS, "TILES": 8}
+    values |= {"TURNS": 8} if kernel is gradient_kernel else {"MIRRORED": False, "BIASED": True}
     pointers = {"images": dtype, "gradient": dtype, "out": dtype}
     pointers |= {"weight": "fp32", "bias": "fp32", "partial": "fp32"}
     signature = {
