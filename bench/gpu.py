@@ -192,7 +192,7 @@ class Sampler:
     """
 
     def __init__(self, gpu: Gpu | None, pid: int) -> None:
-        self._gpu, self._pid = gpu, pid
+        self._gpu, self.pid = gpu, pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._borders: list[Border] = []  # a begin, its end, the next begin, …
@@ -216,7 +216,7 @@ class Sampler:
         self._borders.clear()
         self._readings.clear()
         self._others = None
-        self._pid = pid
+        self.pid = pid
         self.process_peak_mib = None
 
     def mark(self, timed: bool) -> None:
@@ -228,12 +228,12 @@ class Sampler:
         assert self._gpu is not None
         while not self._stop.wait(SAMPLE_S):
             try:
-                used = self._gpu.process_memory_mib(self._pid)
+                used = self._gpu.process_memory_mib(self.pid)
                 if used is not None:
                     self.process_peak_mib = max(used, self.process_peak_mib or 0.0)
                 stretch = len(self._borders)
                 if stretch:  # between stretches too: the shortest may pass without a reading
-                    self._others = max(self._others or 0, self._gpu.other_processes(self._pid))
+                    self._others = max(self._others or 0, self._gpu.other_processes(self.pid))
                 if stretch % 2 == 0:
                     continue
                 reading = Reading(stretch, self._gpu.reading(), self._gpu.reasons())

@@ -107,10 +107,11 @@ def run(
         interrupted = False
         try:
             if cache is not None and case.mode != "loader" and read_cold_start(cache, record["code"]) is None:
-                with filling(cache):
+                with locked(cache, fcntl.LOCK_EX):
                     if read_cold_start(cache, record["code"]) is None:  # still, after others have been waited for
                         measure_cold_start(order, cache, record["code"], listen, post)
-            watch(order, record, cache, listen, post)
+            with locked(cache, fcntl.LOCK_SH):  # nobody empties it meanwhile
+                watch(order, record, cache, listen, post)
         except KeyboardInterrupt:
             interrupted = True
             record |= {"status": "killed", "reason": "interrupted"}
@@ -161,12 +162,15 @@ def read_cold_start(cache: Path, code: str) -> dict[str, float] | None:
 
 
 @contextmanager
-def filling(cache: Path) -> Iterator[None]:
-    """Waits while another case, of this run or another, measures the cold start that fills `cache`."""
+def locked(cache: Path | None, how: int) -> Iterator[None]:
+    """`cache` for one case that empties and fills it (LOCK_EX), or for all that use it (LOCK_SH)."""
+    if cache is None:
+        yield
+        return
     cache.parent.mkdir(parents=True, exist_ok=True)
     with cache.with_name(f"{cache.name}.lock").open("w") as file:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, how)
         yield
 
 
@@ -223,7 +227,9 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen, post
                     strange = follow(child, record, samplers, listen, post)
                 except TimeoutError:
                     record |= {"status": "timeout", "reason": f"no word from the child for {STALL_S:.0f} s"}
-                    child.send_signal(signal.SIGABRT)  # faulthandler writes where each of its threads is
+                    for sampler in samplers:  # faulthandler writes where each thread of the child, or of each rank, is
+                        with suppress(ProcessLookupError):
+                            os.kill(sampler.pid, signal.SIGABRT)
                     with suppress(subprocess.TimeoutExpired):
                         child.wait(DUMP_S)
         finally:

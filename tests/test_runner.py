@@ -221,6 +221,27 @@ def test_silence_ends_the_child_and_its_workers(go: Any, monkeypatch: pytest.Mon
     assert threading.active_count() == threads
 
 
+SILENT_RANK = """
+rank = subprocess.Popen([sys.executable, "-X", "faulthandler", "-c", "import time; time.sleep(600)"])
+emit(pids=[rank.pid], restarts=0)
+measure()
+rank.wait()
+time.sleep(600)
+"""
+
+
+def test_what_a_silent_rank_was_at_stands_beside_its_record(
+    go: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "STALL_S", 2.0)
+    monkeypatch.setattr(runner, "DUMP_S", 1.0)
+    record = go(SILENT_RANK)
+    assert record["status"] == "timeout"
+    said = path_of(record, tmp_path / "results").with_name(f"{record['id']}.stderr.txt").read_text()
+    assert "Fatal Python error: Aborted" in said
+    assert 'File "<string>", line 1' in said
+
+
 @pytest.mark.fault("a step that stalls")
 def test_a_child_that_closes_its_output_but_stays_is_ended(go: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "STALL_S", 0.5)
@@ -467,6 +488,24 @@ def test_cases_that_compile_alike_wait_for_one_cold_start(go: Any, tmp_path: Pat
     assert [one.result()["status"] for one in ran] == ["ok"] * 3
     assert {one.result()["compile"]["cold_s"] for one in ran} == {30.0}
     assert ledger.read_text() == "one"
+
+
+def test_a_cache_in_use_is_not_emptied(go: Any) -> None:
+    """Whose cold start failed, so that the next case that compiles alike tries one again."""
+    script = """
+kernel = os.environ["TORCHINDUCTOR_CACHE_DIR"] + "/kernel"
+if order["compile_only"]:
+    emit(status="failed", reason="no compiler")
+else:
+    os.makedirs(os.path.dirname(kernel), exist_ok=True)
+    open(kernel, "w").close()
+    time.sleep(1.0)
+    assert os.path.exists(kernel)
+    measure()
+"""
+    with ThreadPoolExecutor(2) as pool:
+        ran = [pool.submit(go, script, TUNED, post=post()) for _ in range(2)]
+    assert [(one.result()["status"], one.result()["reason"]) for one in ran] == [("ok", None)] * 2
 
 
 # files beside the record
