@@ -55,7 +55,7 @@ class Coordinates:
     @torch.no_grad()
     def read(self) -> None:
         """The coordinates of what the filters are now."""
-        self._values.copy_(self._sums(_flat(self._filters), self._block, self._there))
+        self._values.copy_(_sums(_flat(self._filters), self._block, self._there))
 
     @torch.no_grad()
     def take_gradients(self) -> None:

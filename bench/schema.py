@@ -18,7 +18,7 @@ from .errors import UserError
 from .record import STATUSES, Record, check_schema, filled, paths_in
 from .summary import clean
 
-LARGEST_RECORD = 64 * 1024  # bytes; 16 KiB is the rule, and a curve of 200 epochs is above it
+LARGEST_RECORD = 256 * 1024  # bytes; 16 KiB is the rule, a curve of 200 epochs is above it, and GPUs multiply them
 LARGEST_PICTURE = 2 * 2**20
 LARGEST_NUMBER = 1e18
 LONGEST_TEXT = 1_000

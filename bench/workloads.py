@@ -252,6 +252,7 @@ def dcgan() -> Workload:
 def resnet50_transfer() -> Workload:
     """Flowers on frozen ImageNet features, to 89.05 %. Source: Adam, batch 32, 50 epochs; T4: 82 images/s.
 
+    Ours: four times the batch at twice the rate, a quarter of the updates.
     Without ImageNet weights the features are random, and there is no target.
     """
     source = Recipe(batch_size=32, epochs=50, optimizer="adam", learning_rate=1e-3, momentum=0.9)
@@ -473,8 +474,8 @@ def on_many(workload: Workload, gpus: int, scaling: Scaling) -> Workload:
     """The workload on several GPUs; `recipe.batch_size` is that of all together.
 
     Strong scaling leaves the recipe as it is. Under weak scaling each GPU does the work of one: the recipe's batch, in
-    as many steps. Together they see so many times the images, in so many times the epochs. The learning rate stays:
-    these recipes are at the edge of what trains.
+    about as many steps, as an epoch leaves out what fills no batch. Together they see so many times the images, in so
+    many times the epochs. The learning rate stays: these recipes are at the edge of what trains.
     """
     recipe = workload.recipe
     if workload.division == "open":

@@ -377,7 +377,6 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if relu:
         gradient = torch.where(out <= 0, 0.0, gradient)  # what is no number passes
     if _by_tensor_cores(images):
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
         of_weight, of_bias = patches_in_registers.summed(_of_weights(images, gradient, padding), images.shape[1], 3)
         of_weight = turned(of_weight) if transposed else of_weight
     else:
@@ -394,6 +393,7 @@ _conv.register_autograd(_backward, setup_context=_keep)
 def conv(images: Tensor, weight: Tensor, bias: Tensor, padding: int, relu: bool, *, transposed: bool = False) -> Tensor:
     """`conv_reference` (see there) with a bias, by the Triton kernels on CUDA; differentiable, also when compiled.
 
+    Of bf16 images the weights are rounded to bf16 too, as under autocast, and the result is channels last.
     transposed: `weight`, [I, O, 3, 3], is a transposed convolution's, and of that is the padding too: 0, 1 or 2.
     ValueError for shapes that the kernels do not take: other than 3×3 taps, padding 0, 1 or 2 and up to 8 channels.
     """

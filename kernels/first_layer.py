@@ -15,7 +15,7 @@ from . import patches
 from .patches_in_registers import conv_triton, empty_out, gradient_triton, lines_and_length, partial_shape, summed
 
 WIDEST = 128  # outputs
-LONGEST = 64  # values of a patch
+LONGEST = 64  # values of a piece of a patch
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": F.elu, "silu": F.silu}
 
 
@@ -68,7 +68,6 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     images, out = ctx.saved_tensors
-    gradient = gradient.contiguous(memory_format=torch.channels_last)
     partial = _gradient(images, gradient, out, ctx.shape[2], *ctx.options)
     of_weight, of_bias = summed(partial, *ctx.shape[1:3])
     return None, of_weight.to(ctx.types[0]), of_bias.to(ctx.types[1]), None, None, None

@@ -2,7 +2,8 @@
 
 As a product over patches (see `patches`) the patches are written and read, bias and activation pass over the output
 once more, and over its gradient twice. Here memory is passed once: images read and outputs written forward, and
-backward both read beside the outputs' gradient.
+backward both read beside the outputs' gradient. The references are those of `few_channels` and `first_layer`, which
+take it.
 
 Shapes: images [B, C, H, W], outputs [B, O, HO, WO], channels last. A patch, the values under one pixel, is put together
 line by line of its taps: a line's values lie side by side. A piece is one line, where its pixels can be loaded as a
@@ -18,7 +19,8 @@ from torch import Tensor
 COLUMNS, ROWS = 32, 4  # of a tile: a pixel for each of 128 threads
 NARROWEST = 16  # side of a product
 PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor
-STAGES = 3  # … in which tiles of many outputs are under way; few gain nothing by it (H200)
+STAGES = 3  # … in which tiles are under way, where that gains anything (H200) and shared memory has room for them
+STAGED = range(17, 65)  # outputs, in a 16-bit type
 
 
 @triton.jit
@@ -271,9 +273,9 @@ def gradient_triton(
 ) -> Tensor:
     """The gradient of weights and bias in fp32, by part of the pixels: [parts, pieces, LENGTH, O].
 
-    gradient: [B, O, HO, WO], of `out`, which is what `conv_triton` gave; both channels last. activation: not "silu".
+    gradient: [B, O, HO, WO], of `out`, which is what `conv_triton` gave. activation: not "silu".
     """
-    images = images.contiguous(memory_format=torch.channels_last)
+    images, gradient, out = (given.contiguous(memory_format=torch.channels_last) for given in (images, gradient, out))
     turns, _ = turns_and_parts(out)
     shape = partial_shape(out, images.shape[1], side)
     partial = torch.empty(shape, dtype=torch.float32, device=images.device)
@@ -286,9 +288,14 @@ def gradient_triton(
             len(out) * _tiles(out),
             **_constants(images, out, side, stride, padding, activation),
             TURNS=turns,
-            num_stages=STAGES if out.shape[1] > NARROWEST else 1,
+            num_stages=stages(out),
         )
     return partial
+
+
+def stages(out: Tensor) -> int:
+    """In which a program of its weights' gradient has tiles under way."""
+    return STAGES if out.shape[1] in STAGED and out.itemsize == 2 else 1
 
 
 def _tiles(out: Tensor) -> int:

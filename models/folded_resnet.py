@@ -63,7 +63,7 @@ class FoldedStem(FoldedConvolution):
         self.weight = _filled(blocked, self.filling).contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, added: Tensor | None = None) -> Tensor:
-        # behind the last pixel that a filter meets come zeros up to the end of a block, which weights of zero meet
+        # zeros up to the end of the block where the last filter ends: those of its weights that are added are zeros too
         behind = [self._to_blocks(size) - size - self.padding for size in images.shape[:1:-1]]
         padded = F.pad(images, (self.padding, behind[0], self.padding, behind[1]))
         blocks = _filled(F.pixel_unshuffle(padded, self.stride), self.filling)

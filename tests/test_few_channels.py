@@ -179,7 +179,7 @@ def test_shapes_that_the_kernels_do_not_take() -> None:
         conv(torch.ones(1, 3, 8, 8), torch.ones(2, 5, 3, 3), torch.ones(2), 0, False)
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(75, "fp16"), (75, "fp32"), (90, "bf16"), (90, "fp32")])
+@pytest.mark.parametrize(("capability", "dtype"), [(75, "fp16"), (75, "fp32"), (90, "fp32")])
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("kernel", [conv_kernel, weight_gradient_kernel], ids=["conv", "weights"])
 def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel, mirrored: bool) -> None:
@@ -197,7 +197,7 @@ def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel, mirr
     compiled = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", capability, 32))
     assert compiled.metadata.shared <= 64 * 1024  # what a block has on Turing
     assert f".target sm_{capability}" in compiled.asm["ptx"]
-    assert ("bf16" in compiled.asm["ptx"]) == (dtype == "bf16")
+    assert "bf16" not in compiled.asm["ptx"]
 
 
 def compare_gradients(tolerance: float) -> None:

@@ -1,4 +1,4 @@
-"""First layers: the kernels against PyTorch in float64, their gradients, compilation without a GPU."""
+"""First layers: the kernels against PyTorch in float64, their gradients."""
 
 import os
 import subprocess
@@ -6,14 +6,10 @@ import sys
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from netdyno.kernels import first_layer, patches_in_registers
 from netdyno.kernels.first_layer import conv, conv_reference, conv_triton, gradient_triton, summed
-from netdyno.kernels.patches_in_registers import conv_kernel, gradient_kernel
 
 # B, C, O, H, W, side, stride, padding: those of networks, and what is odd
 CASES = [
@@ -165,34 +161,6 @@ def test_what_the_kernels_do_not_take() -> None:
             conv(images, weight, torch.ones(len(weight)), 1, 1, "relu")
     with pytest.raises(ValueError, match="none of relu, elu, silu"):
         conv(images, torch.ones(32, 3, 3, 3), torch.ones(32), 1, 1, "tanh")
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("outputs", [24, 32, 128])
-@pytest.mark.parametrize("kernel", [conv_kernel, gradient_kernel], ids=["conv", "gradient"])
-def test_kernels_compile_without_a_gpu(dtype: str, outputs: int, kernel) -> None:
-    values = dict.fromkeys(("HEIGHT", "WIDTH", "OUT_HEIGHT", "OUT_WIDTH", "OUTPUTS"), 32) | {"OUTPUTS": outputs}
-    values |= {
-        "CHANNELS": 3,
-        "SIDE": 3,
-        "STRIDE": 1,
-        "PADDING": 1,
-        "LINES": 3,
-        "LENGTH": 32,
-        "WIDE": triton.next_power_of_2(outputs),
-        "ACTIVATION": "elu",
-    }
-    values |= {"COLUMNS": patches_in_registers.COLUMNS, "ROWS": patches_in_registers.ROWS, "TILES": 8}
-    values |= {"TURNS": 8} if kernel is gradient_kernel else {"MIRRORED": False, "BIASED": True}
-    pointers = {"images": dtype, "gradient": dtype, "out": dtype}
-    pointers |= {"weight": "fp32", "bias": "fp32", "partial": "fp32"}
-    signature = {
-        name: "constexpr" if name in values else f"*{pointers[name]}" if name in pointers else "i32"
-        for name in kernel.arg_names
-    }
-    compiled = triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32))
-    assert "mma" in compiled.asm["ptx"]  # tensor cores
-    assert compiled.metadata.shared <= 48 * 1024  # several programs on a multiprocessor at a time
 
 
 if __name__ == "__main__":

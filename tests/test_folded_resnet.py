@@ -63,7 +63,12 @@ def test_the_transfer_network_keeps_its_head_and_takes_any_type_of_images() -> N
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("adds", [False, True])
 def test_one_kernel_computes_the_same_on_a_gpu(dtype: torch.dtype, adds: bool) -> None:
-    for channels, outputs, side, stride, padding in ((64, 256, 1, 1, 0), (64, 64, 3, 1, 1), (64, 64, 3, 2, 1)):
+    for channels, outputs, side, stride, padding in (
+        (64, 256, 1, 1, 0),
+        (64, 64, 3, 1, 1),
+        (64, 64, 3, 2, 1),
+        (16, 64, 4, 1, 0),  # the stem's
+    ):
         images = torch.randn(4, channels, 32, 32, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
         weight = 0.1 * torch.randn(outputs, channels, side, side, device="cuda", dtype=dtype)
         weight = weight.to(memory_format=torch.channels_last)

@@ -88,6 +88,9 @@ summed = parallel.sums(gradients, orders, torch.bfloat16)
 assert [one.dtype for one in summed] == [torch.float32] * 4
 assert torch.equal(summed[1], (3 * torch.arange(24.0).view(2, 3, 2, 2) + 3).bfloat16().float())
 assert summed[1].stride() == large.stride()
+exact = parallel.sums(gradients, orders, torch.float32)
+assert torch.equal(exact[1], 3 * torch.arange(24.0).view(2, 3, 2, 2) + 3)
+assert torch.equal(gradients[1], large)  # what is sent on its own is no alias of what came
 assert summed[0].tolist() == [1.5] * 5
 assert summed[2].item() == 3
 assert torch.equal(summed[3], 9 * torch.arange(12.0).view(1, 3, 2, 2) + 9)

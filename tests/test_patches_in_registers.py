@@ -1,0 +1,74 @@
+"""The kernels compile for GPUs that have their tensor cores, and take no more memory than those have.
+
+What they compute is tested with what takes them, `test_few_channels.py` and `test_first_layer.py`.
+"""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from netdyno.kernels import patches_in_registers
+from netdyno.kernels.patches_in_registers import conv_kernel, gradient_kernel
+
+SHARED = {80: 163, 86: 99, 90: 227, 120: 99}  # KiB that a block may have, by compute capability
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class Layer(NamedTuple):
+    """A convolution of 3×3 taps over 32×32 pixels, and what a program of it may take."""
+
+    inputs: int
+    outputs: int
+    padding: int
+    dtype: torch.dtype
+    shared: int  # KiB: several programs are to be on a multiprocessor at a time
+
+
+LAYERS = [
+    Layer(3, 8, 0, torch.bfloat16, 32),
+    Layer(8, 3, 2, torch.bfloat16, 32),
+    Layer(3, 32, 1, torch.bfloat16, 48),
+    Layer(3, 64, 1, torch.bfloat16, 80),
+    Layer(3, 128, 1, torch.bfloat16, 48),
+    Layer(3, 128, 1, torch.float32, 99),
+]
+
+
+def compiled(kernel: Any, layer: Layer, capability: int) -> Any:
+    """As it is launched: all pointers are multiples of 16 bytes."""
+    images = torch.empty(2, layer.inputs, 32, 32, dtype=layer.dtype)
+    out = patches_in_registers.empty_out(images, layer.outputs, 3, 1, layer.padding)
+    activation = "relu" if layer.padding == 1 else "none"
+    values = patches_in_registers._constants(images, out, 3, 1, layer.padding, activation)
+    values |= {"TURNS": 8} if kernel is gradient_kernel else {"MIRRORED": layer.padding == 2, "BIASED": True}
+    pointers = dict.fromkeys(("images", "gradient", "out"), TYPES[layer.dtype])
+    pointers |= dict.fromkeys(("weight", "bias", "partial"), "fp32")
+    signature = {
+        name: "constexpr" if name in values else f"*{pointers[name]}" if name in pointers else "i32"
+        for name in kernel.arg_names
+    }
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in pointers}
+    options = {"num_stages": patches_in_registers.stages(out)} if kernel is gradient_kernel else {}
+    return triton.compile(
+        ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", capability, 32), options=options
+    )
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("kernel", [conv_kernel, gradient_kernel], ids=["conv", "gradient"])
+def test_they_compile_without_a_gpu(kernel: Any, layer: Layer, capability: int) -> None:
+    made = compiled(kernel, layer, capability)
+    assert "mma" in made.asm["ptx"]  # tensor cores
+    assert made.metadata.shared <= 1024 * min(layer.shared, SHARED[capability])
+
+
+def test_a_gradient_of_two_bytes_and_many_outputs_has_tiles_under_way() -> None:
+    """The check itself: that it compiles what is launched."""
+    made = compiled(gradient_kernel, LAYERS[2], 90)
+    assert "cp.async" in made.asm["ptx"]
+    assert "cp.async" not in compiled(gradient_kernel, LAYERS[0], 90).asm["ptx"]
