@@ -167,7 +167,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
     "a text for a number": (changed(final="99"), "final is no number"),
     "another schema": (changed(schema=2), "has schema 2"),
     "a long text": (changed(reason="x" * 2_000), "longer than"),
-    "a large record": (named(f"{T4['slug']}/dcgan/x.json", b" " * 70_000), "larger than it may be"),
+    "a large record": (named(f"{T4['slug']}/dcgan/x.json", b" " * 300_000), "larger than it may be"),
     "deep nesting": (named(f"{T4['slug']}/dcgan/x.json", b"[" * 60_000), "not readable JSON"),
 }
 
