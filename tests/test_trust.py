@@ -2,10 +2,13 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import trust
 from made_up_records import make
 
@@ -85,6 +88,59 @@ def test_sampling(unsampled: float, holds: bool) -> None:
     made = Made(calm=[make(1, images_per_s=1000.0)], deaf=[make(2, images_per_s=unsampled)])
     (row,) = trust.sampling(made)
     assert row[3] == holds
+
+
+@pytest.mark.parametrize(("harnessed", "holds"), [(1.004, True), (0.996, True), (1.006, False), (0.994, False)])
+def test_harness(tmp_path: Path, harnessed: float, holds: bool) -> None:
+    made = Made(bare=[make(1)])
+    made.folder = tmp_path
+    (tmp_path / "bare.json").write_text(json.dumps([[2 * harnessed, 2.0], [harnessed, 1.0], [9.0, 1.0]]))
+    (row,) = trust.harness(made)
+    assert (row[2], row[3]) == (f"{100 * (harnessed - 1):+.2f} %", holds)
+
+
+@pytest.mark.parametrize(("end", "holds"), [(985.0, True), (1019.0, True), (979.0, False), (1021.0, False)])
+def test_sustained(tmp_path: Path, end: float, holds: bool) -> None:
+    made = Made(sustained=[make(1)])
+    made.folder = tmp_path
+    runs = [(5.0, 1000.0), (10.0, 1000.0), (100.0, 1.0), (300.0 - trust.EDGE_S / 2, end), (300.0, end)]
+    (tmp_path / "sustained.json").write_text(json.dumps(runs))
+    (row,) = trust.sustained(made)
+    assert f"1,000, then {end:,.0f} images/s" in row[2]
+    assert row[3] == holds
+
+
+def test_what_is_planted_around_the_timed_region_does_what_it_says(tmp_path: Path) -> None:
+    def timed(workload: Any, step: Any, loader: Any, device: Any, emit: Any) -> str:
+        emit(timed=True)
+        for _ in range(workload.recipe.epochs):
+            for batch in loader.epoch():
+                step(batch.images, batch.labels)
+        emit(section="timing", value={"train_s": 7.0})
+        emit(section="throughput", value={"images_per_s": 3.0})
+        return "memory"
+
+    steps: list[str] = []
+
+    def step(images: str, labels: str) -> torch.Tensor:
+        steps.append(images + labels)
+        return torch.zeros(())
+
+    told: list[dict[str, Any]] = []
+    workload = SimpleNamespace(recipe=SimpleNamespace(epochs=2))
+    loader = SimpleNamespace(epoch=lambda: [SimpleNamespace(images="a", labels="b")] * 3)
+    path = tmp_path / "found"
+    for planted, runs in (
+        (trust.BARE.format(turns=2, path=path), 5),
+        (trust.SUSTAINED.format(seconds=0, path=path), 2),
+    ):
+        code: dict[str, Any] = {"time_batches": timed, "time": time, "json": json, "Path": Path}
+        exec(planted, code)
+        assert code["time_batches"](workload, step, loader, "cpu", lambda **event: told.append(event)) == "memory"
+        assert steps == ["ab"] * 6 * runs
+        assert len(json.loads(path.read_text())) == runs // 2
+        steps.clear()
+    assert [event.get("section") for event in told] == [None, "timing", "throughput"] * 2  # of the last run alone
 
 
 def test_a_planted_copy_starts_from_the_compiled_code_of_the_calm_one(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ PAIRS = {  # how many of each case
 SHORT = "mnist-cnn tuned compute full"
 # More than ten seconds, below the card's power cap.
 LONG = "cifar100-cnn eager compute full"
+# Few seconds, at the card's power cap.
+HOT = "cifar100-cnn tuned compute full"
+MINUTES = 5
+EDGE_S = 20  # of them, whose speed counts
 BUSY = "import torch\na = torch.ones(4096, 4096, device='cuda')\nwhile True: torch.mm(a, a); torch.cuda.synchronize()"
 
 # What a process holds of the card outside of torch: it runs a case until one part of its memory is taken, and ends.
@@ -72,6 +76,52 @@ def time_batches(*arguments):
         memory = _untraced(*arguments)
     profiler.export_chrome_trace("{path}")
     return memory
+"""
+# The timed region several times over, by turns with a bare loop of the same steps.
+BARE = """
+
+_harnessed = time_batches
+
+
+def time_batches(workload, step, loader, device, emit):
+    def harnessed_s():
+        heard = {{}}
+        _harnessed(workload, step, loader, device, lambda **event: heard.update({{event.get("section"): event}}))
+        return heard["timing"]["value"]["train_s"]
+
+    def bare_s():
+        batches = list(loader.epoch()) * workload.recipe.epochs
+        start = time.perf_counter()
+        for batch in batches:
+            loss = step(batch.images, batch.labels)
+        loss.item()  # waits for the device, which had nothing to do at the start
+        return time.perf_counter() - start
+
+    pairs = []
+    for turn in range({turns}):
+        first, second = (harnessed_s, bare_s)[:: 1 - turn % 2 * 2]
+        pairs.append((first(), second())[:: 1 - turn % 2 * 2])
+    Path("{path}").write_text(json.dumps(pairs))
+    return _harnessed(workload, step, loader, device, emit)
+"""
+# The timed region again and again, for so many seconds: the throughput of each.
+SUSTAINED = """
+
+_once = time_batches
+
+
+def time_batches(workload, step, loader, device, emit):
+    def images_per_s():
+        heard = {{}}
+        _once(workload, step, loader, device, lambda **event: heard.update({{event.get("section"): event}}))
+        return heard["throughput"]["value"]["images_per_s"]
+
+    start, found = time.perf_counter(), []
+    while not found or found[-1][0] < {seconds}:
+        speed = images_per_s()
+        found.append((time.perf_counter() - start, speed))
+    Path("{path}").write_text(json.dumps(found))
+    return _once(workload, step, loader, device, emit)
 """
 DEAF = {"gpu.py": "\n\nSampler._run = lambda self: None\n"}  # the card's state is not sampled
 LOSS = "nll_loss_forward"
@@ -166,6 +216,27 @@ def sampling(series: Series) -> Iterator[Row]:
     yield f"{SHORT}: {runs} runs sampled, {runs} not", "within 0.5 %", f"{percent:+.2f} %", abs(percent) <= 0.5
 
 
+def harness(series: Series) -> Iterator[Row]:
+    """The time of the timed region against that of a bare loop of the same steps, by turns in one process."""
+    path = series.folder / "bare.json"
+    series.records(SHORT, 1, "bare", {"child.py": BARE.format(turns=20, path=path)})
+    percent = 100 * (median([harnessed / bare for harnessed, bare in json.loads(path.read_text())]) - 1)
+    yield f"{SHORT}: beside a bare loop of the same steps", "within 0.5 %", f"{percent:+.2f} %", abs(percent) <= 0.5
+
+
+def sustained(series: Series) -> Iterator[Row]:
+    """The speed after five minutes against that of the first seconds, of a case that meets the card's power cap."""
+    path = series.folder / "sustained.json"
+    series.records(HOT, 1, "sustained", {"child.py": SUSTAINED.format(seconds=MINUTES * 60, path=path)})
+    found = json.loads(path.read_text())
+    (first, _), (last, _) = found[0], found[-1]
+    begin = median([speed for second, speed in found if second <= max(first, EDGE_S)])
+    end = median([speed for second, speed in found if second >= last - EDGE_S])
+    percent = 100 * (end / begin - 1)
+    shown = f"{begin:,.0f}, then {end:,.0f} images/s: {percent:+.1f} %"
+    yield f"{HOT}: after {MINUTES} minutes", "within 2 %", shown, abs(percent) <= 2
+
+
 def busy(series: Series) -> Iterator[Row]:
     """Another process at work on the card."""
     with other_process():
@@ -221,6 +292,8 @@ PARTS: dict[str, Callable[[Series], Iterator[Row]]] = {
     "allocation": allocation,
     "memory": memory,
     "sampling": sampling,
+    "harness": harness,
+    "sustained": sustained,
     "busy": busy,
     "trace": trace,
     "energy": energy,
