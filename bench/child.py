@@ -616,7 +616,7 @@ def communication(step: Step, players: list[Player], batch: Batch, tuning: Tunin
         "apart_step_s": float(f"{apart_s:.5g}"),
         "exposed_s": float(f"{together_s - apart_s:.5g}"),
         "add_up_s": float(f"{add_up_s:.5g}"),
-        "add_up_mib": mib(sent_bytes),
+        "add_up_mib": float(f"{sent_bytes / 2**20:.4g}"),
     }
 
 
