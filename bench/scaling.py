@@ -1,11 +1,13 @@
-"""How data parallel training would scale on more GPUs than were measured. No torch in here. All of it is *projected*.
+"""How data parallel training scales, by records, and would on more GPUs than were measured, which is all *projected*.
+
+No torch in here.
 
 A step on n GPUs is taken to last as long as one in which each is left to itself, and on top of it what two GPUs were
 seen to spend on adding up, and what NCCL's all-reduce of n takes longer than that of two (`project`): at worst, as the
 backward pass hides no more of it than with two. The time of an all-reduce is NCCL's own model, by which it chooses
 between ring and tree (`all_reduce_s`). Nothing is fitted.
 
-`python -m netdyno.bench.scaling` writes the table of docs/scaling.md anew, from the records in results/.
+`python -m netdyno.bench.scaling` writes the tables of docs/scaling.md anew, from the records in results/.
 """
 
 import math
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .schema import read_all
-from .summary import at
+from .summary import at, summarise
 from .table import MISSING, aligned, figure, replace_section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +106,25 @@ def project(communication: Mapping[str, Any], measured: int, gpus: int, links: L
     return Projection(gpus=gpus, step_s=step_s, efficiency=alone_s / step_s, way=way)
 
 
+def measured_table(records: Iterable[Mapping[str, Any]]) -> str:
+    """Images/s of tuned runs under weak scaling beside those of one GPU of the same machine, medians of its records."""
+    headers = ["workload", "mode", "GPUs", "batch", "one GPU, images/s", "all, images/s", "times one"]
+    lines = []
+    for row in summarise(list(records)):
+        if (
+            row.tuning != "tuned"
+            or row.scaling != "weak"
+            or not (row.scaling_efficiency and row.gpus and row.batch_size)
+        ):
+            continue
+        times, speed = row.gpus * row.scaling_efficiency, row.images_per_s or 0.0
+        counts = [f"{row.gpus:.0f}", f"{row.batch_size:,.0f}"]
+        lines.append([str(row.workload), str(row.mode), *counts, figure(speed / times), figure(speed), f"{times:.2f}"])
+    if not lines:
+        return "There is no record of several GPUs beside one of one yet."
+    return aligned(headers, [False, False, True, True, True, True, True], lines)
+
+
 def page_table(records: Iterable[Mapping[str, Any]]) -> str:
     """Of each workload's newest tuned record under weak scaling: what was measured, and what is projected from it."""
     newest: dict[str, Mapping[str, Any]] = {}
@@ -132,5 +153,6 @@ def page_table(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    page = ROOT / "docs" / "scaling.md"
-    page.write_text(replace_section(page.read_text(), "scaling", page_table(read_all(ROOT / "results")[0])))
+    page, found = ROOT / "docs" / "scaling.md", read_all(ROOT / "results")[0]
+    text = replace_section(page.read_text(), "measured", measured_table(found))
+    page.write_text(replace_section(text, "scaling", page_table(found)))

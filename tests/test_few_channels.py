@@ -200,7 +200,7 @@ def test_kernels_compile_without_a_gpu(capability: int, dtype: str, kernel, mirr
     assert "bf16" not in compiled.asm["ptx"]
 
 
-def compare_gradients(tolerance: float) -> None:
+def compare_gradients() -> None:
     """Through autograd, both directions, by the custom operators, which a CPU takes in the interpreter alone."""
     for n, (transposed, padding) in enumerate(product((False, True), (0, 1, 2))):
         relu, (i, o) = n % 2 == 0, ((3, 8), (4, 1))[n // 2 % 2]
@@ -218,14 +218,14 @@ def compare_gradients(tolerance: float) -> None:
             (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
             found.append([out.detach(), *(tensor.grad for tensor in inputs)])
         for got, expected in zip(*found, strict=True):
-            close(got, expected, tolerance)
+            close(got, expected, 1e-5)
 
 
 if __name__ == "__main__":
-    compare_gradients(1e-5)
+    compare_gradients()
     few_channels.PROGRAMS = patches_in_registers.PROGRAMS = 2  # several tasks for a program, and more room than tasks
     compare_kernels_with_float64("cpu", cases_of(SHAPES))
     compare_tensor_cores_with_float64("cpu", [case for case in cases_of(SHAPES) if case[2] is not torch.bfloat16])
     few_channels._by_tensor_cores = lambda images: True
-    compare_gradients(1e-5)
+    compare_gradients()
     print("equal")

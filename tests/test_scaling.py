@@ -1,12 +1,14 @@
-"""The projection to more GPUs, against numbers worked out by hand."""
+"""What several GPUs are told to do, and the projection to more of them, against numbers worked out by hand."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_up_records import make
 
 from netdyno.bench import scaling
 from netdyno.bench.scaling import Links, all_reduce_s, project
+from netdyno.bench.schema import read_all
 
 ROOT = Path(__file__).parents[1]
 LINKS = Links(name="some", within_host=100, between_hosts=50)
@@ -66,6 +68,19 @@ def test_without_records_the_table_says_so() -> None:
     assert scaling.page_table([make(1)]) == "There is no record of several GPUs yet."
 
 
-def test_the_page_has_room_for_the_table() -> None:
+def test_several_gpus_stand_beside_one() -> None:
+    def recipe(batch: int, epochs: int) -> dict[str, Any]:
+        return {"batch_size": batch, "learning_rate": 0.1, "epochs": epochs}
+
+    one = [make(number, images_per_s=speed, recipe=recipe(128, 2)) for number, speed in enumerate((9e2, 1e3, 2e3))]
+    two = make(4, images_per_s=1_900.0, recipe=recipe(256, 4), gpus=2, scaling="weak")
+    (line,) = scaling.measured_table([*one, two]).splitlines()[2:]
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["2", "256", "1,000", "1,900", "1.90"]
+    assert "no record of several GPUs beside one" in scaling.measured_table(one)
+
+
+def test_the_page_is_what_the_records_say() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text()
-    assert scaling.replace_section(page, "scaling", "new").count("new\n\n<!-- scaling:end -->") == 1
+    records = read_all(ROOT / "results")[0]
+    assert scaling.measured_table(records) in page
+    assert scaling.page_table(records) in page

@@ -77,17 +77,25 @@ def time_batches(*arguments):
     profiler.export_chrome_trace("{path}")
     return memory
 """
-# The timed region several times over, by turns with a bare loop of the same steps.
-BARE = """
+# The timed region once: of what it says one number, and nothing goes into the record.
+ONCE = """
 
-_harnessed = time_batches
+_once = time_batches
 
+
+def _heard(section, name, *given):
+    said = {{}}
+    _once(*given, lambda **event: said.update({{event.get("section"): event}}))
+    return said[section]["value"][name]
+"""
+# … several times over, by turns with a bare loop of the same steps.
+BARE = (
+    ONCE
+    + """
 
 def time_batches(workload, step, loader, device, emit):
     def harnessed_s():
-        heard = {{}}
-        _harnessed(workload, step, loader, device, lambda **event: heard.update({{event.get("section"): event}}))
-        return heard["timing"]["value"]["train_s"]
+        return _heard("timing", "train_s", workload, step, loader, device)
 
     def bare_s():
         batches = list(loader.epoch()) * workload.recipe.epochs
@@ -102,27 +110,23 @@ def time_batches(workload, step, loader, device, emit):
         first, second = (harnessed_s, bare_s)[:: 1 - turn % 2 * 2]
         pairs.append((first(), second())[:: 1 - turn % 2 * 2])
     Path("{path}").write_text(json.dumps(pairs))
-    return _harnessed(workload, step, loader, device, emit)
+    return _once(workload, step, loader, device, emit)
 """
-# The timed region again and again, for so many seconds: the throughput of each.
-SUSTAINED = """
-
-_once = time_batches
-
+)
+# … again and again, for so many seconds: the throughput of each.
+SUSTAINED = (
+    ONCE
+    + """
 
 def time_batches(workload, step, loader, device, emit):
-    def images_per_s():
-        heard = {{}}
-        _once(workload, step, loader, device, lambda **event: heard.update({{event.get("section"): event}}))
-        return heard["throughput"]["value"]["images_per_s"]
-
     start, found = time.perf_counter(), []
     while not found or found[-1][0] < {seconds}:
-        speed = images_per_s()
+        speed = _heard("throughput", "images_per_s", workload, step, loader, device)
         found.append((time.perf_counter() - start, speed))
     Path("{path}").write_text(json.dumps(found))
     return _once(workload, step, loader, device, emit)
 """
+)
 DEAF = {"gpu.py": "\n\nSampler._run = lambda self: None\n"}  # the card's state is not sampled
 LOSS = "nll_loss_forward"
 CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
