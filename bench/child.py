@@ -48,7 +48,7 @@ from .metrics import sliced_wasserstein
 from .order import Order
 from .stats import seconds_to_target
 from .step import DTYPES, Player, Step, make_step, own_batch_size, why_uncaptured
-from .train import Diverged, Evaluate, Evaluation, collect, make_evaluation, train_epoch
+from .train import Diverged, Evaluate, Evaluation, collect, make_evaluation, rehearse, train_epoch
 from .tuning import TUNINGS, Tuning
 from .workloads import Workload, describe, resolve
 
@@ -152,6 +152,7 @@ def run(order: Order, emit: Emit) -> None:
     if tuning.compile:
         emit(section="compile", value={"warm_s": compile_s, "warm_start_s": start_s})
     steady = warm_up(lambda: step(resident.batch.images, resident.batch.labels))
+    rehearse(device)
     parts.take("libraries_mib")
     emit(section="memory", value=parts.parts | {"warm_up_reserved_mib": warm_up_reserved_mib(device)})
     network.load_state_dict(initial)

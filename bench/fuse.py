@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import batch_norm, few_channels, first_layer, patches
+from ..kernels import batch_norm, few_channels, first_layer, patches, pooled_conv
 from ..kernels.pooled_activation import Activation, pooled_activation
 from ..models.resnet50_transfer import ResNet50Transfer
 
@@ -110,13 +110,17 @@ def _replacement(conv: Convolution, behind: list[nn.Module], dtype: torch.dtype)
         return (convolve, 0) if square and conv.out_channels <= FEW else None
     by_patches = square and conv.in_channels <= FEW
     convolve = partial(patches.conv if by_patches else F.conv2d, stride=stride, padding=padding)
-    if activation is not None and conv.bias is not None and len(behind) > 1 and _is_halving(behind[1]):
+    dot = dtype is not torch.float16  # which is for cards whose tensor cores Triton does not have
+    pooling = len(behind) > 1 and _is_halving(behind[1])
+    biased = activation == "relu" and stride == 1 and conv.bias is not None
+    if biased and pooling and dot and pooled_conv.takes(conv.weight, padding):
+        return partial(_pooled_conv, dtype=dtype, padding=padding), 2
+    if activation is not None and conv.bias is not None and pooling:
         return partial(_pooled, convolve=convolve, activation=activation), 2
     if behind and _is_halving(behind[0]):
         return partial(_pooled, convolve=convolve, activation=None), 1
     learning = activation is not None and conv.bias is not None
     fixed = behind and isinstance(behind[0], nn.SiLU) and not conv.weight.requires_grad
-    dot = dtype is not torch.float16  # which is for cards whose tensor cores Triton does not have
     if (learning or fixed) and by_patches and dot and first_layer.takes(conv.weight):
         return partial(_first, dtype=dtype, stride=stride, padding=padding, activation=activation or "silu"), 1
     return (convolve, 0) if by_patches else None
@@ -126,6 +130,11 @@ def _first(images: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
     if bias is None:
         bias = weight.new_zeros(len(weight))
     return first_layer.conv(images.to(dtype), weight, bias, **options)  # autocast does not know the kernel
+
+
+def _pooled_conv(images: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, padding: int) -> Tensor:
+    assert bias is not None
+    return pooled_conv.pooled_conv(images.to(dtype), weight, bias, padding)
 
 
 def _pooled(

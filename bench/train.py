@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .tuning import Tuning
 from .workloads import Workload
 
 PICTURED = 32  # images in a picture
+ON_THE_WAY = 2  # losses, to the host
 SAMPLE_SEED = 20_151_119  # the generator is always judged on the same noise
 
 
@@ -58,6 +60,8 @@ def train_epoch(
     images = steps = 0
     total: torch.Tensor | None = None
     on_the_way: deque[tuple[int, torch.Tensor]] = deque()
+    # on the host, and taken before the clock starts, as such memory comes slowly
+    places = cycle([torch.empty((), pin_memory=torch.cuda.is_available()) for _ in range(ON_THE_WAY)])
     clock.start()
     for batch in batches:
         loss = step(batch.images, batch.labels)
@@ -65,17 +69,19 @@ def train_epoch(
         images += len(batch.images)
         steps += batch.batches
         if clock.step(batch.batches):
-            if len(on_the_way) == 2:  # the copy was asked for before the block that is done by now
+            if len(on_the_way) == ON_THE_WAY:  # the copy was asked for before the block that is done by now
                 progress(*_checked(*on_the_way.popleft()))
-            on_the_way.append((steps, _to_host(loss / batch.batches)))
+            on_the_way.append((steps, next(places).copy_(loss / batch.batches, non_blocking=True)))
     clock.stop()
     assert total is not None, "an epoch without a batch"
     return Trained(_checked(steps, total / steps)[1], images, steps)
 
 
-def _to_host(value: torch.Tensor) -> torch.Tensor:
-    """A copy on its way to the host, which does not wait for it."""
-    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+def rehearse(device: torch.device) -> None:
+    """Goes once through what an epoch does beside its steps: a GPU loads each kernel when it is first used."""
+    loss = torch.zeros((), device=device)
+    batches = [Batch(images=loss[None], labels=loss[None], valid=1)] * (ON_THE_WAY + 1)
+    train_epoch(lambda *batch: loss, batches, BlockClock(device, len(batches)), lambda *done: None)
 
 
 def _checked(steps: int, loss: torch.Tensor) -> tuple[int, float]:

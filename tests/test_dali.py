@@ -70,6 +70,30 @@ def test_neither_residence_nor_the_size_of_super_batches_changes_anything_but_sp
                 assert first.valid == other.valid
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_epochs_first_batches_are_made_behind_the_last_ones_before(
+    noise: np.ndarray, monkeypatch: pytest.MonkeyPatch, resident: bool
+) -> None:
+    """Not twice, and not where an epoch was left half-way: the next one begins anew."""
+    if not resident:
+        stream(monkeypatch, 20)
+    apart, expected = arrays(noise), []
+    for _ in range(4):
+        expected.append([batch.labels.tolist() for batch in apart.epoch()])
+    made = []
+    original = dali.augment
+    monkeypatch.setattr(dali, "augment", lambda *given: made.append(len(given[1])) or original(*given))
+    loader = arrays(noise)
+    assert [batch.labels.tolist() for batch in loader.epoch()] == expected[0]
+    assert len(made) == len(expected[0]) + 1
+    batches = loader.epoch()
+    assert next(batches).labels.tolist() == expected[1][0]
+    assert len(made) == len(expected[0]) + 1
+    assert next(loader.epoch()).labels.tolist() == expected[2][0]  # that one was left half-way
+    assert len(made) == len(expected[0]) + 2
+    assert [batch.labels.tolist() for batch in loader.epoch()] == expected[3]
+
+
 def test_a_set_stays_on_the_device_up_to_a_bound(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali, "RESIDENT_BYTES", noise.nbytes)
     assert dali.is_resident(noise)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from netdyno.bench.fuse import FusedNorm, Replacement, fuse
+from netdyno.bench.fuse import FusedNorm, Replacement, _pooled_conv, fuse
 from netdyno.bench.step import make_step
 from netdyno.bench.tuning import tuned
 from netdyno.bench.workloads import Workload, dcgan, mnist_cnn
@@ -79,6 +79,17 @@ def test_a_first_layer_takes_its_activation_in(make: Callable[[], nn.Module]) ->
     fuse(half, torch.float16)  # the policy of a T4
     layers = next(module for module in half.modules() if isinstance(module, nn.Sequential))
     assert type(layers[1]) is not nn.Identity
+
+
+def test_a_convolution_takes_its_pooling_in_where_the_kernel_is_for_its_channels() -> None:
+    """Of cifar10-cnn's three that are pooled, the first; none under the policy of a T4."""
+    functions = []
+    for dtype in (torch.bfloat16, torch.float16):
+        network = Cifar10Cnn()
+        fuse(network, dtype)
+        found = [network.layers[place]._function.func for place in (2, 7, 12)]
+        functions.append([function is _pooled_conv for function in found])
+    assert functions == [[True, False, False], [False] * 3]
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.ReLU(), nn.LeakyReLU(0.2)], ids=repr)

@@ -199,12 +199,12 @@ def test_several_batches_come_at_once(at_once: int, super_batch: int, monkeypatc
     together.close()
 
 
-def test_a_replay_takes_many_batches_but_neither_a_super_batch_nor_an_eighth_of_an_epoch() -> None:
+def test_a_replay_takes_many_batches_but_neither_a_super_batch_nor_a_quarter_of_an_epoch() -> None:
     small = np.broadcast_to(np.uint8(0), (60_000, 28, 28, 1))
     assert dali.batches_at_once(small, 32) == 32  # 1,875 batches in 59 parts
-    assert dali.batches_at_once(small, 256) == 26  # 234 in 9: an eighth of them would be 29
-    assert dali.batches_at_once(small, 1_024) == 7  # 58 in 9
-    assert dali.batches_at_once(small, 1_024, ranks=2) == 6  # 29 in 5, as of two ranks a quarter is enough
+    assert dali.batches_at_once(small, 1_024) == 12  # 58 in 5: a quarter of them would be 14
+    assert dali.batches_at_once(small, 2_048) == 6  # 29 in 5, of which two super-batches have 8 each
+    assert dali.batches_at_once(small, 1_024, ranks=2) == 10  # 29 in 3, as of two ranks a half is enough
     assert dali.batches_at_once(small, 20_000) == 1
     faces = np.broadcast_to(np.uint8(0), (200_000, 64, 64, 3))
     assert dali.batches_at_once(faces, 512) == 10  # 390 in 39; 5,461 images of 12 KiB are 64 MiB

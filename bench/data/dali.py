@@ -9,7 +9,8 @@ image by image, one batch an iteration.
 
 Everything random is drawn on the host from a generator keyed by (seed, epoch) and travels with the images, so that an
 epoch is the same on every device. Iterations follow each other without end. The next one is taken from DALI while the
-device is busy with the first batches of this one, also across the border of epochs.
+device is busy with the first batches of this one, and an epoch's first batches are made behind the last ones of the
+epoch before.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ RESIDENT_BYTES = 1 << 30  # of one set: a sixteenth of a T4's memory
 SUPER_BATCH_IMAGES = 16_384
 SUPER_BATCH_BYTES = 64 << 20  # up to four are on the device at a time: DALI's queue, the next and the one in use
 STEPS_AT_ONCE = 32  # of a captured step, at most …
-PARTS_OF_EPOCH = 8  # … and so few that an epoch has as many blocks, since a block of time is a replay or more
+PARTS_OF_EPOCH = 4  # … and so few that an epoch has as many blocks, since a block of time is a replay or more
 DECODE_CHUNK = 256
 
 
@@ -100,7 +101,9 @@ def array_loader(
         orders = _gathered(orders, np.ascontiguousarray(images), known)
         dtypes, ndims = [types.UINT8, *dtypes], [4, *ndims]
     source = _ahead(orders)
-    pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=_device_id(device), prefetch_queue_depth=2)
+    # Numbers travel in no time: with a queue of two, the first epoch would wait for those of the second one too.
+    depth = 1 if resident else 2
+    pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=_device_id(device), prefetch_queue_depth=depth)
     with pipeline:
         outputs = fn.external_source(source, num_outputs=len(dtypes), dtype=dtypes, ndim=ndims)
         pipeline.set_outputs(*(_to_device(output, device) for output in outputs))
@@ -128,7 +131,7 @@ def is_resident(images: np.ndarray) -> bool:
 def batches_at_once(images: np.ndarray, batch_size: int, ranks: int = 1) -> int:
     """How many training batches of `images` [N, H, W, C] a rank's captured step best takes at a time."""
     batches, _ = count_epoch(len(images), batch_size, train=True, ranks=ranks)
-    parts = PARTS_OF_EPOCH // min(ranks, 4)  # a rank's epoch is that much shorter; two at least
+    parts = PARTS_OF_EPOCH // min(ranks, 2)  # a rank's epoch is that much shorter; two at least
     return _spread(batches, min(STEPS_AT_ONCE, batches // parts, _super_batch(images) // batch_size))
 
 
@@ -287,6 +290,7 @@ class _DaliLoader:
         self._next_epoch = 0
         self._next_run = 0
         self._latest: list[Tensor] = []  # the outputs of the run before the next one
+        self._made: tuple[int, Batch] | None = None  # an epoch and its first batches, made before it began
         self._index = torch.arange(batches_per_run * batch_size, device=device)
         self._no_moves = (
             torch.zeros(len(self._index), 2, dtype=torch.int32, device=device),
@@ -296,42 +300,55 @@ class _DaliLoader:
     def epoch(self) -> Iterator[Batch]:
         epoch = self._next_epoch
         self._next_epoch += 1
-        return self._batches(epoch * self._runs_per_epoch)
+        return self._batches(epoch)
 
     def close(self) -> None:
         self._pipeline = None  # the last reference: DALI's threads end
-        self._stored, self._latest = None, []  # what they take on the device goes too, whoever still has the loader
+        # what they take on the device goes too, whoever still has the loader
+        self._stored, self._latest, self._made = None, [], None
         self._end_source()
 
-    def _batches(self, first_run: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        first_run = epoch * self._runs_per_epoch
+        made, self._made = self._made, None
         for run in range(self._runs_per_epoch):
-            images, labels, index, shift, flip = self._super_batch(self._outputs(first_run + run))
-            first_batch = run * self._batches_per_run
-            batches = min(self._batches_per_run, self.batches_per_epoch - first_batch)
+            outputs = self._outputs(first_run + run)
+            batches = min(self._batches_per_run, self.batches_per_epoch - run * self._batches_per_run)
             for k in range(0, batches, self.batches_at_once):
-                at_once = min(self.batches_at_once, batches - k)
-                rows = slice(k * self._batch_size, (k + at_once) * self._batch_size)
-                place = None if self._into is None else self._into.first(at_once)
-                batch = augment(
-                    images,
-                    index[rows],
-                    shift[rows],
-                    flip[rows],
-                    self._preprocess.mean,
-                    self._preprocess.std,
-                    self._dtype,
-                    None if place is None else place.images,
-                )
-                yield Batch(
-                    images=batch if self._channels_last else batch.contiguous(),
-                    labels=torch.index_select(labels, 0, index[rows], out=None if place is None else place.labels),
-                    valid=min(len(batch), self.images_per_epoch - (first_batch + k) * self._batch_size),
-                    batches=at_once,
-                )
+                if run == k == 0 and made is not None and made[0] == epoch:
+                    yield made[1]
+                else:
+                    yield self._make(outputs, run, k)
                 if self._pipeline is None:
                     raise RuntimeError("this loader is closed")
                 if k == 0 and self._next_run == first_run + run + 1:  # the device is busy with what was handed over
                     self._advance()
+        if epoch + 1 == self._next_epoch:
+            self._made = epoch + 1, self._make(self._outputs(first_run + self._runs_per_epoch), 0, 0)
+
+    def _make(self, outputs: list[Tensor], run: int, k: int) -> Batch:
+        """As many batches as come at once of a super-batch, the run `run` of its epoch, from its batch `k` on."""
+        images, labels, index, shift, flip = self._super_batch(outputs)
+        first_batch = run * self._batches_per_run + k
+        at_once = min(self.batches_at_once, self._batches_per_run - k, self.batches_per_epoch - first_batch)
+        rows = slice(k * self._batch_size, (k + at_once) * self._batch_size)
+        place = None if self._into is None else self._into.first(at_once)
+        batch = augment(
+            images,
+            index[rows],
+            shift[rows],
+            flip[rows],
+            self._preprocess.mean,
+            self._preprocess.std,
+            self._dtype,
+            None if place is None else place.images,
+        )
+        return Batch(
+            images=batch if self._channels_last else batch.contiguous(),
+            labels=torch.index_select(labels, 0, index[rows], out=None if place is None else place.labels),
+            valid=min(len(batch), self.images_per_epoch - first_batch * self._batch_size),
+            batches=at_once,
+        )
 
     def _super_batch(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """images and labels, and of each row of the super-batch its index in them, shift and flip."""
@@ -391,9 +408,9 @@ def _orders(
         flip = draw.integers(0, int(bool(preprocess.flip)), drawn, np.uint8, endpoint=True)
         if preprocess.flip == "by turns":
             flip = first[rows[:drawn]] ^ (epoch % 2)
-        rows, shift, flip = share.of(rows[:drawn]), share.of(shift), share.of(flip)
-        for part in _parts(count, size):
-            yield rows[part][None], shift[part][None], flip[part][None]
+        of_rank = (share.of(rows[:drawn]), share.of(shift), share.of(flip))
+        for part in zip(*(_parts(values, size) for values in of_rank), strict=True):
+            yield tuple(values[None] for values in part)
 
 
 def _gathered(
@@ -444,14 +461,16 @@ def _jpeg_batches(
         rows = draw.permutation(len(encoded)) if shuffle else np.arange(len(encoded))
         maps = share.of(_affine_maps(drawn, preprocess, draw))
         rows = share.of(rows[:drawn])
-        for part in _parts(count, batch_size):
-            yield [encoded[row] for row in rows[part]], labels[rows[part]], maps[part]
+        for part, moves in zip(_parts(rows, batch_size), _parts(maps, batch_size), strict=True):
+            yield [encoded[row] for row in part], labels[part], moves
 
 
-def _parts(count: int, size: int) -> Iterator[np.ndarray]:
-    """0 … count - 1 in parts of `size`; the last one is filled up with count - 1."""
-    for start in range(0, count, size):
-        yield np.minimum(np.arange(start, start + size), count - 1)
+def _parts(values: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """`values` in parts of `size`; the last one is filled up with the last value."""
+    for start in range(0, len(values), size):
+        part = values[start : start + size]
+        filled = np.repeat(part[-1:], size - len(part), axis=0)
+        yield np.concatenate([part, filled]) if len(filled) else part
 
 
 def _unmoved(preprocess: Preprocess) -> Preprocess:

@@ -1,4 +1,4 @@
-"""Speed of pooled activation, batch norm, patches and first layers, forward and backward, beside what they replace."""
+"""Speed of the kernels that take passes over memory out, forward and backward, beside what they replace."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +11,7 @@ from torch import Tensor
 from netdyno.kernels import first_layer, patches
 from netdyno.kernels.batch_norm import batch_norm, batch_norm_reference
 from netdyno.kernels.pooled_activation import pooled_activation, pooled_activation_reference
+from netdyno.kernels.pooled_conv import pooled_conv, pooled_conv_reference
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="gpu", marks=pytest.mark.gpu)]
 
@@ -32,6 +33,18 @@ def test_pooled_activation(rate: Callable[..., None], function: Callable[..., Te
     batch = 512 if device == "cuda" else 8
     images = torch.randn(batch, 32, 32, 32).contiguous(memory_format=torch.channels_last)
     run = through(lambda x, bias: function(x, bias, "relu"), device, [images, torch.randn(32)])
+    rate(run, batch, on_gpu=device == "cuda")
+
+
+@pytest.mark.benchmark(group="convolution, bias, ReLU and pooling of 32 channels at 32×32, both ways")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", [pooled_conv, pooled_conv_reference], ids=["kernel", "reference"])
+def test_pooled_conv(rate: Callable[..., None], function: Callable[..., Tensor], device: str) -> None:
+    torch._dynamo.reset()
+    batch = 512 if device == "cuda" else 8
+    images = torch.randn(batch, 32, 32, 32).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(32, 32, 3, 3) / 17
+    run = through(lambda x, w, b: function(x, w, b, 1), device, [images, weight, torch.randn(32)])
     rate(run, batch, on_gpu=device == "cuda")
 
 
