@@ -90,9 +90,10 @@ class Row:
     compile_warm_s: float | None
     recompiles: float | None  # the most of any record
     doubts: tuple[str, ...]  # what makes the speed of its records doubtful, in words
-    code: tuple[str, ...]
+    code: str | None
     ids: tuple[str, ...]
     paths: tuple[str, ...]  # relative to the results folder
+    older_paths: tuple[str, ...] = ()  # of records of the same case by older versions of the code, which are not in it
 
     @property
     def ok(self) -> bool:
@@ -102,7 +103,8 @@ class Row:
 def summarise(records: Iterable[Record]) -> list[Row]:
     """All rows, in the order in which tables show them: each tuned row before its eager row.
 
-    A record that failed makes a row too, unless a newer one of the same case, on the same data, is ok.
+    A row is of the newest version of the code that has records of it. A record that failed makes a row too, unless a
+    newer one of the same case, on the same data, is ok.
     """
     ordered = sorted(records, key=_when)
     successes: dict[str, list[Record]] = {}
@@ -112,24 +114,44 @@ def summarise(records: Iterable[Record]) -> list[Row]:
     groups: dict[str, list[Record]] = {}
     for record in ordered:
         if _status(record) == "ok":
-            groups.setdefault(_comparable(record), []).append(record)
+            groups.setdefault(_comparable(record) + str(_text(record, "code")), []).append(record)
         elif not any(_supersedes(success, record) for success in successes.get(_case(record), [])):
             failure = _comparable(record) + _status(record) + str(_text(record, "reason"))
             groups.setdefault(failure, []).append(record)
-    by_age = [_row(group) for group in sorted(groups.values(), key=lambda group: _when(group[-1]))]
+    by_age = sorted(groups.values(), key=lambda group: _when(group[-1]))
+    rows = [(_comparable(group[-1]), _row(group)) for group in by_age]
+    newest: dict[str, Row] = {}
+    for comparable, row in rows:
+        if row.ok:
+            before = newest.pop(comparable, None)  # so that they stay in order of age
+            newest[comparable] = replace(row, older_paths=(*before.older_paths, *before.paths)) if before else row
+    shown = [*newest.values(), *(row for _, row in rows if not row.ok)]
     eager: dict[tuple, list[Row]] = {}
-    compute: dict[tuple, Row] = {}
-    alone: dict[tuple, Row] = {}
-    for row in by_age:
+    for row in shown:
         if row.ok and row.tuning == "eager":
             eager.setdefault(_contest(row), []).append(row)
-        if row.ok and row.mode == "compute":
-            compute[_without_mode(row)] = row
-        if row.ok and row.gpus == 1:
-            alone[_on_one(row)] = row
-    compared = (_beside_eager(row, eager.get(_contest(row), [])) for row in by_age)
-    compared = (_beside_compute(row, compute.get(_without_mode(row))) for row in compared)
-    return sorted((_beside_one(row, alone.get(_on_one(row))) for row in compared), key=order)
+    known = [row for _, row in rows if row.ok]
+    compute = _by_code((_without_mode(row), row) for row in known if row.mode == "compute")
+    alone = _by_code((_on_one(row), row) for row in known if row.gpus == 1)
+    compared = (_beside_eager(row, eager.get(_contest(row), [])) for row in shown)
+    compared = (_beside_compute(row, _of_code(compute, _without_mode(row), row.code)) for row in compared)
+    return sorted((_beside_one(row, _of_code(alone, _on_one(row), row.code)) for row in compared), key=order)
+
+
+def _by_code(rows: Iterable[tuple[tuple, Row]]) -> dict[tuple, dict[str | None, Row]]:
+    """Of each key, the newest row of each version of the code, oldest first."""
+    found: dict[tuple, dict[str | None, Row]] = {}
+    for key, row in rows:
+        versions = found.setdefault(key, {})
+        versions.pop(row.code, None)
+        versions[row.code] = row
+    return found
+
+
+def _of_code(rows: Mapping[tuple, Mapping[str | None, Row]], key: tuple, code: str | None) -> Row | None:
+    """Of `code`, where there is one, else of the newest."""
+    versions = rows.get(key)
+    return (versions.get(code) or list(versions.values())[-1]) if versions else None
 
 
 def _row(group: Sequence[Record]) -> Row:
@@ -212,7 +234,7 @@ def _row(group: Sequence[Record]) -> Row:
         compile_warm_s=middle("compile", "warm_s"),
         recompiles=max(numbers("compile", "recompiles"), default=None),
         doubts=_doubts_of(measured),
-        code=_unique(_text(record, "code") for record in group),
+        code=_text(newest, "code"),
         ids=tuple(str(_text(record, "id")) for record in group),
         paths=tuple(_path(record) for record in group),
     )
@@ -264,11 +286,6 @@ def _doubts_of(group: Sequence[Record]) -> tuple[str, ...]:
             kinds.setdefault(doubt.kind, []).append(doubt)
     worst = [(max(found, key=lambda doubt: doubt.size).words, len(found)) for found in kinds.values()]
     return tuple(words if count == len(group) else f"{words} ({count} of {len(group)} runs)" for words, count in worst)
-
-
-def caveats(row: Row) -> list[str]:
-    """Why the speed in a row should be taken with care, in words; empty where there is no reason."""
-    return [*row.doubts, *([f"records of {len(row.code)} versions of the code"] if len(row.code) > 1 else [])]
 
 
 def energy_j_per_1000_images(record: Record) -> float | None:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .record import load_all
-from .summary import Record, Row, caveats, order, rank, show_entry, summarise
+from .summary import Record, Row, order, rank, show_entry, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -192,7 +192,7 @@ def _images(row: Row, notes: Notes, *, spread: bool = True) -> str:
     cell = figure(row.images_per_s)
     if spread and row.images_per_s and row.images_per_s_low is not None and row.images_per_s_high is not None:
         cell += f" ± {50 * (row.images_per_s_high - row.images_per_s_low) / row.images_per_s:.1f} %"
-    return notes.mark(cell, "; ".join(caveats(row)))
+    return notes.mark(cell, "; ".join(row.doubts))
 
 
 def _speedup(row: Row, notes: Notes) -> str:
@@ -455,16 +455,29 @@ def tables_page(records: Iterable[Record]) -> str:
 
 
 def readme_table(records: Iterable[Record]) -> str:
-    """The README's table: for each machine its full suite, else the quick one; tuned beside eager, end to end."""
+    """The README's table: for each machine its full suite, else the quick one; tuned beside eager, end to end.
+
+    Of several recipes of a workload it shows the one that was measured last.
+    """
     all_rows = summarise(records)
     blocks: list[str] = []
-    for section in _sections(row for row in all_rows if row.mode == "e2e" and row.tuning in ("tuned", "eager")):
+    end_to_end = [row for row in all_rows if row.mode == "e2e" and row.tuning in ("tuned", "eager")]
+    for section in _sections(_newest_recipes(end_to_end)):
         suites = {row.suite for row in all_rows if row.machine == section.machine}
         if section.suite != ("full" if "full" in suites else "quick"):
             continue
         title = f"{section.rows[0].gpu or section.rows[0].cpu or section.machine or MISSING}: {section.title}"
         blocks += [f"**{escape(title)}**", _readme_section(section)]
     return "\n\n".join(blocks) or EMPTY
+
+
+def _newest_recipes(rows: Sequence[Row]) -> list[Row]:
+    """Without rows of a recipe that a later measurement of the same tuning does not have any more."""
+    names = ("machine", "suite", "data_label", "workload", "division", "tuning", "gpus", "scaling")
+    of_case: dict[tuple, Row] = {}
+    for row in sorted((row for row in rows if row.ok), key=lambda row: row.ids[-1]):
+        of_case[tuple(getattr(row, name) for name in names)] = row
+    return [row for row in rows if not row.ok or row in of_case.values()]
 
 
 def _readme_section(section: Section) -> str:

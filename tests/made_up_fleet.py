@@ -88,7 +88,6 @@ def record(
         recipe={"batch_size": 128 if machine["gpu"] else 64, "epochs": 3, "lr": 0.01},
         accuracy=measured,
         machine=machine,
-        code=hashlib.sha256(str(repeat // 2).encode()).hexdigest(),
         data={
             "name": facts["data"],
             "label": "official",

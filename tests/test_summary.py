@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from made_up_records import CPU, DRAWN, EAGER, OFFICIAL, accuracy, make, records, seen
 
-from netdyno.bench.summary import Row, caveats, doubts, energy_j_per_1000_images, summarise
+from netdyno.bench.summary import Row, doubts, energy_j_per_1000_images, summarise
 
 
 def one(*made: dict[str, Any]) -> Row:
@@ -97,13 +97,13 @@ def test_the_counter_comes_before_sampled_power() -> None:
 def test_what_makes_the_speed_of_a_run_doubtful(changes: dict[str, Any], words: list[str]) -> None:
     record = make(1, **changes)
     assert [doubt.words for doubt in doubts(record)] == words
-    assert caveats(one(record)) == words
+    assert one(record).doubts == tuple(words)
 
 
 def test_a_row_tells_the_worst_of_its_runs_and_how_many_there_are() -> None:
     shares = ({"sync_boost": 0.1}, {"sync_boost": 0.7}, {})
     row = one(*(make(n, steady=False, gpu=seen(1.0, throttle_share=share)) for n, share in enumerate(shares)))
-    assert caveats(row) == ["throttled in 70 % of readings: sync boost (2 of 3 runs)", "not steady after warm-up"]
+    assert row.doubts == ("throttled in 70 % of readings: sync boost (2 of 3 runs)", "not steady after warm-up")
     assert one(make(1, status="failed", reason="x", steady=False)).doubts == ()
 
 
@@ -169,6 +169,33 @@ def test_speedup_over_eager() -> None:
 def test_no_speedup_across_what_may_not_be_compared(changes: dict[str, Any]) -> None:
     tuned = next(row for row in summarise([make(1), make(2, **EAGER, **changes)]) if row.tuning == "tuned")
     assert tuned.speedup_over_eager is None
+
+
+def test_a_row_is_of_the_newest_version_of_the_code() -> None:
+    old = [make(n, images_per_s=100.0, code="old") for n in (1, 2)]
+    new = [make(n, images_per_s=300.0, code="new") for n in (3, 4)]
+    row = one(*old, *new)
+    assert (row.images_per_s, row.n, row.code) == (300.0, 2, "new")
+    again = make(5, images_per_s=110.0, code="old")  # which is then the newest
+    row = one(*old, *new, again)
+    assert (row.images_per_s, row.n, row.code) == (100.0, 3, "old")
+
+
+def test_a_row_is_held_beside_those_of_its_own_version_where_there_are_such() -> None:
+    alone = [make(n, images_per_s=speed, code=code) for n, speed, code in ((1, 100.0, "old"), (2, 300.0, "new"))]
+    two = {"gpus": 2, "scaling": "weak", "recipe": {"batch_size": 256, "epochs": 2, "lr": 0.01}}
+    for code, efficiency in (("old", 0.9), ("new", 0.3), ("other", 0.3)):
+        found = summarise([*alone, make(3, images_per_s=180.0, code=code, **two)])
+        assert [row.scaling_efficiency for row in found if row.gpus == 2] == [pytest.approx(efficiency)]
+        assert [row.images_per_s for row in found if row.gpus == 1] == [300.0]
+    compute = [
+        make(n, images_per_s=speed, code=code, mode="compute")
+        for n, speed, code in ((1, 90.0, "old"), (2, 400.0, "new"))
+    ]
+    assert [row.share_of_compute for row in summarise([make(3, images_per_s=90.0, code="old"), *compute])] == [
+        1.0,
+        None,
+    ]
 
 
 def test_scaling_efficiency_is_of_the_same_batch_on_each_gpu() -> None:
@@ -255,7 +282,8 @@ def test_any_part_of_a_record_may_be_missing_or_wrong(junk: Any) -> None:
             del parent[path[-1]]
         else:
             parent[path[-1]] = junk
-        assert sum(row.n for row in summarise([record, make(2), make(3, **EAGER)])) == 3
+        of_one_code = path != ("code",)  # else it stands alone, as the newest version
+        assert sum(row.n for row in summarise([record, make(2), make(3, **EAGER)])) == 2 + of_one_code
 
 
 def test_numbers_that_are_none_are_missing() -> None:

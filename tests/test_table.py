@@ -167,6 +167,17 @@ def test_the_readme_shows_the_full_suite_of_a_machine_where_there_is_one() -> No
     assert "444" not in table.readme_table([make(4, images_per_s=444.0, mode="compute")])
 
 
+def test_the_readme_shows_the_newest_recipe() -> None:
+    older, newer = (
+        make(n, images_per_s=n * 111.0, recipe={"batch_size": 128 * n, "epochs": 2, "lr": 0.01}) for n in (1, 2)
+    )
+    (line,) = cells(table.readme_table([older, newer]))[2:]
+    assert line[2] == "222"
+    (line,) = cells(table.readme_table([newer, make(3, images_per_s=333.0)]))[2:]  # the old one, measured once more
+    assert line[2] == "333"
+    assert "111" in table.to_markdown([older, newer])
+
+
 @pytest.mark.parametrize(("tuned", "eager"), [("ok", "oom"), ("oom", "ok"), ("oom", "timeout"), ("ok", "ok")])
 def test_the_readme_shows_both_of_a_pair_failed_or_not(tuned: str, eager: str) -> None:
     made = [make(1, images_per_s=222.0, status=tuned), make(2, images_per_s=111.0, status=eager, **EAGER)]
@@ -194,11 +205,8 @@ def test_a_row_of_an_older_timing_version_says_so() -> None:
 
 def test_what_weakens_a_number_stands_beside_it() -> None:
     beside = {"other_processes": 1, "readings": 9}
-    text = table.to_markdown([make(1, steady=False, code="1"), make(2, steady=False, gpu=beside, code="2")])
-    assert (
-        "not steady after warm-up; beside 1 other process on the card (1 of 2 runs); records of 2 versions of the code"
-        in text
-    )
+    text = table.to_markdown([make(1, steady=False), make(2, steady=False, gpu=beside)])
+    assert "not steady after warm-up; beside 1 other process on the card (1 of 2 runs)" in text
 
 
 def test_the_source_of_an_energy_that_no_counter_gave_stands_beside_it() -> None:

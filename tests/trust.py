@@ -21,7 +21,7 @@ from netdyno.bench import machine
 from netdyno.bench.ab import Checkout, Contest, parse_case
 from netdyno.bench.record import Record
 from netdyno.bench.stats import median, quantiles
-from netdyno.bench.summary import caveats, summarise
+from netdyno.bench.summary import summarise
 from netdyno.bench.table import aligned, replace_section
 
 PAGE = ROOT / "docs" / "trust.md"
@@ -246,7 +246,7 @@ def busy(series: Series) -> Iterator[Row]:
     with other_process():
         (record,) = series.records(SHORT, 1, "beside")
     (row,) = summarise([record])
-    said = "; ".join(caveats(row))
+    said = "; ".join(row.doubts)
     yield f"{SHORT}: beside a busy process", "flagged", said or "nothing", "other process" in said
 
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from ..stats import median, median_interval
-from ..summary import MIN_RECORDS_FOR_SPREAD, Row, at, caveats, clean, rank, show_entry, summarise
+from ..summary import MIN_RECORDS_FOR_SPREAD, Row, at, clean, rank, show_entry, summarise
 from ..table import KINDS, MISSING
 from .load import Found
 
@@ -32,6 +32,7 @@ class Entry:
 
     row: Row
     found: tuple[Found, ...]
+    older: tuple[Found, ...]  # by older versions of the code, which are not in the row
 
     @property
     def ok(self) -> bool:
@@ -48,7 +49,7 @@ class Entry:
     @property
     def caveats(self) -> list[str]:
         """Why its numbers should be taken with care, in words."""
-        return [*caveats(self.row), *(["random weights"] if self.row.recipe.get("weights") == "random" else [])]
+        return [*self.row.doubts, *(["random weights"] if self.row.recipe.get("weights") == "random" else [])]
 
     @cached_property
     def precision(self) -> str:
@@ -127,7 +128,14 @@ class Book:
         self.found = sorted(found, key=lambda one: (one.record["created_utc"], one.record["id"]))
         named = {one.name: one for one in self.found}
         rows = summarise(one.record for one in self.found)
-        self.entries = [Entry(row=row, found=tuple(named[path] for path in row.paths)) for row in rows]
+        self.entries = [
+            Entry(
+                row=row,
+                found=tuple(named[path] for path in row.paths),
+                older=tuple(named[path] for path in row.older_paths),
+            )
+            for row in rows
+        ]
         self.machines = _machines(self.entries)
         self.panels = _panels(self.entries)
         self.scopes = list(dict.fromkeys(panel.scope for panel in self.panels))
