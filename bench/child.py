@@ -56,7 +56,7 @@ PICTURED_EPOCHS = {1, 2, 5, 10, 20, 50, 100}  # and the last
 TRACED_STEPS = 5
 TRACED_AFTER_S = 1.0
 LIBRARY_BYTES = 256 << 20  # what cuDNN and cuBLAS may ask for at their start
-BASELINE_WORKERS = 16  # of the DataLoader, or one a core: the best of 0 to 16 where there are 16 cores
+BASELINE_WORKERS = 16  # of the DataLoader, or one a core where there are fewer
 
 Emit = Callable[..., None]
 

@@ -519,10 +519,13 @@ def _paired(tuned: Row, eager: Row) -> bool:
 
 
 def _outcome(row: Row, notes: Notes) -> str:
-    """The final metric and what became of the target."""
+    """The final metric, what became of the target, and the training time until then."""
     cell = _metric(replace(row, metric_by_epoch=()), notes)
     target = _target(row)
-    return cell if MISSING in (cell, target) else f"{cell}, target {target}"
+    if MISSING in (cell, target):
+        return cell
+    after = "" if row.train_s_to_target is None else f" in {figure(row.train_s_to_target)} s"
+    return f"{cell}, target {target}{after}"
 
 
 def replace_section(text: str, name: str, body: str) -> str:
