@@ -8,7 +8,8 @@
   synchronisation a block, for the end of the block before it, so that the device never waits for the host to ask. A
   block begins where the one before it ended, so the blocks of an epoch tile it, and whatever the loader or the host
   costs is inside: the start of a DataLoader's workers and DALI's first fill too. A loader may fetch ahead across the
-  border of epochs. A set that stays on the device, as the record's `data.resident` says, is brought there before.
+  border of epochs, and make the next one's first batches, which counts for the epoch in which it does so. A set that
+  stays on the device, as the record's `data.resident` says, is brought there before.
   Where several steps are one CUDA graph, a block is a whole number of replays. The wall clock of the
   epoch is recorded beside them.
 - Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first epoch
@@ -120,10 +121,9 @@ class BlockClock:
         return True
 
     def end_steps(self) -> None:
-        """The last step is behind: what comes until `stop` is none, and in `total_s` alone."""
+        """The last step is behind, and what its loader did: what comes until `stop` is none, and in `total_s` alone."""
         whole = len(self._marks)
-        if self._steps % self.block_steps:
-            self._mark()
+        self._mark()
         self._ends = whole, len(self._marks)
 
     def stop(self) -> None:

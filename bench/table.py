@@ -472,12 +472,13 @@ def readme_table(records: Iterable[Record]) -> str:
 
 
 def _newest_recipes(rows: Sequence[Row]) -> list[Row]:
-    """Without rows of a recipe that a later measurement of the same tuning does not have any more."""
-    names = ("machine", "suite", "data_label", "workload", "division", "tuning", "gpus", "scaling")
-    of_case: dict[tuple, Row] = {}
-    for row in sorted((row for row in rows if row.ok), key=lambda row: row.ids[-1]):
-        of_case[tuple(getattr(row, name) for name in names)] = row
-    return [row for row in rows if not row.ok or row in of_case.values()]
+    """Of each workload the tuned row that was measured last, with the eager row beside it, else the last eager one."""
+    names = ("machine", "suite", "data_label", "workload", "division", "gpus", "scaling")
+    newest: dict[tuple, Row] = {}
+    for row in sorted((row for row in rows if row.ok), key=lambda row: (row.tuning == "tuned", row.ids[-1])):
+        newest[tuple(getattr(row, name) for name in names)] = row
+    kept = {row.ids for row in newest.values()} | {row.eager_ids for row in newest.values()}
+    return [row for row in rows if not row.ok or row.ids in kept]
 
 
 def _readme_section(section: Section) -> str:

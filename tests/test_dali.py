@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from netdyno.bench.data import dali
-from netdyno.bench.data.loader import Loader
+from netdyno.bench.data.loader import Batch, Loader
 from netdyno.bench.errors import UserError
 from netdyno.bench.workloads import Preprocess
 
@@ -92,6 +92,29 @@ def test_an_epochs_first_batches_are_made_behind_the_last_ones_before(
     assert next(loader.epoch()).labels.tolist() == expected[2][0]  # that one was left half-way
     assert len(made) == len(expected[0]) + 2
     assert [batch.labels.tolist() for batch in loader.epoch()] == expected[3]
+
+
+def test_no_batch_is_made_ahead_of_an_evaluation(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = dali.augment
+    monkeypatch.setattr(dali, "augment", lambda *given: made.append(len(given[1])) or original(*given))
+    assert len(list(arrays(noise, train=False).epoch())) == len(made) == 13
+
+
+def test_batches_come_into_the_same_memory_over_the_border_of_epochs(noise: np.ndarray) -> None:
+    """As captured graphs read it: each is whole until the next one is asked for."""
+    place = Batch(torch.empty(12, 8, 8, 3).permute(0, 3, 1, 2), torch.empty(12, dtype=torch.int64), 12, 3)
+    apart, together = arrays(noise), arrays(noise, into=place)
+    for _ in range(3):
+        expected = list(apart.epoch())
+        done = 0
+        for batch in together.epoch():
+            assert batch.images.data_ptr() == place.images.data_ptr()
+            part = expected[done : done + batch.batches]
+            assert torch.equal(batch.images, torch.cat([one.images for one in part]))
+            assert torch.equal(batch.labels, torch.cat([one.labels for one in part]))
+            done += batch.batches
+        assert done == len(expected)
 
 
 def test_a_set_stays_on_the_device_up_to_a_bound(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:

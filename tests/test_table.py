@@ -176,6 +176,10 @@ def test_the_readme_shows_the_newest_recipe() -> None:
     (line,) = cells(table.readme_table([newer, make(3, images_per_s=333.0)]))[2:]  # the old one, measured once more
     assert line[2] == "333"
     assert "111" in table.to_markdown([older, newer])
+    eager = [make(n, images_per_s=n * 10.0, **EAGER) for n in (4, 5)]
+    eager[1]["case"]["recipe"] = {"batch_size": 64, "epochs": 2, "lr": 0.01}  # no row is beside it
+    (line,) = cells(table.readme_table([newer, make(3, images_per_s=400.0), *eager]))[2:]
+    assert line[2:5] == ["400", "40.0", "10.0 ×"]
 
 
 @pytest.mark.parametrize(("tuned", "eager"), [("ok", "oom"), ("oom", "ok"), ("oom", "timeout"), ("ok", "ok")])

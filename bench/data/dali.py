@@ -72,8 +72,9 @@ def array_loader(
 ) -> Loader:
     """Batches of uint8 `images` [N, H, W, C], which may be memory-mapped, with int64 `labels` [N].
 
-    `into`, channels last, is the memory that all batches come in, as many at a time as it holds; without it each batch
-    has memory of its own. `share`: what of a training set is this rank's, in batches of `batch_size`.
+    `into`, channels last, is the memory that all batches come in, as many at a time as it holds, and the next epoch's
+    first ones at an epoch's end; without it each batch has memory of its own. `share`: what of a training set is this
+    rank's, in batches of `batch_size`.
     """
     check_array_set(images, preprocess)
     batches, images_per_epoch = count_epoch(len(images), batch_size, train=train, ranks=share.ranks)
@@ -120,6 +121,7 @@ def array_loader(
         dtype=dtype,
         channels_last=channels_last,
         into=into,
+        makes_ahead=train,
     )
 
 
@@ -207,6 +209,7 @@ def jpeg_loader(
         dtype=dtype,
         channels_last=channels_last,
         into=into,
+        makes_ahead=train,
         files=files,
     )
 
@@ -267,6 +270,7 @@ class _DaliLoader:
         dtype: torch.dtype,
         channels_last: bool,
         into: Batch | None,
+        makes_ahead: bool,
         stored: _Stored | None = None,
         files: Sequence[Path] | None = None,
     ) -> None:
@@ -290,6 +294,7 @@ class _DaliLoader:
         self._next_epoch = 0
         self._next_run = 0
         self._latest: list[Tensor] = []  # the outputs of the run before the next one
+        self._makes_ahead = makes_ahead
         self._made: tuple[int, Batch] | None = None  # an epoch and its first batches, made before it began
         self._index = torch.arange(batches_per_run * batch_size, device=device)
         self._no_moves = (
@@ -323,7 +328,7 @@ class _DaliLoader:
                     raise RuntimeError("this loader is closed")
                 if k == 0 and self._next_run == first_run + run + 1:  # the device is busy with what was handed over
                     self._advance()
-        if epoch + 1 == self._next_epoch:
+        if self._makes_ahead and epoch + 1 == self._next_epoch:
             self._made = epoch + 1, self._make(self._outputs(first_run + self._runs_per_epoch), 0, 0)
 
     def _make(self, outputs: list[Tensor], run: int, k: int) -> Batch:

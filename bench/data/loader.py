@@ -56,7 +56,7 @@ class Share(NamedTuple):
     ranks: int = 1
 
     def of(self, rows: np.ndarray) -> np.ndarray:
-        return rows[self.rank :: self.ranks]
+        return np.ascontiguousarray(rows[self.rank :: self.ranks])  # DALI takes no others
 
 
 WHOLE = Share()

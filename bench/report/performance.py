@@ -387,7 +387,7 @@ def history(book: Book, panels: Sequence[Panel]) -> list[Block]:
         for place, entry in enumerate(panel.entries):
             points = [
                 (one.record["created_utc"], value, clean(one.record.get("code") or "")[:8])
-                for one in (*entry.older, *entry.found)
+                for one in sorted((*entry.older, *entry.found), key=lambda one: one.record["created_utc"])
                 if (value := at(one.record, "throughput", "images_per_s")) is not None
             ]
             if entry.ok and len({time for time, _, _ in points}) > 1:
