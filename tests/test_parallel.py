@@ -278,7 +278,7 @@ def test_weak_scaling_gives_each_the_work_of_one() -> None:
 
 def test_strong_scaling_leaves_the_recipe() -> None:
     assert resolve(case_of("cifar10-cnn", scaling="strong")) == find("cifar10-cnn")
-    with pytest.raises(UserError, match="a batch of 1024 cannot be shared out to 3 GPUs"):
+    with pytest.raises(UserError, match="a batch of 2048 cannot be shared out to 3 GPUs"):
         resolve(case_of("cifar10-cnn", scaling="strong", gpus=3))
 
 
