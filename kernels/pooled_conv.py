@@ -45,11 +45,9 @@ def _split(window, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _line(
-    images, n, y, x, there, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr
-):
-    """PIXELS side by side, from (y, x) of each image n on: [windows, PIXELS · CHANNELS]; zeros outside of the image."""
-    k = tl.arange(0, PIXELS * CHANNELS)
+def _line(images, n, y, x, there, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """Four pixels side by side, from (y, x) of each image n on: [windows, 4 · CHANNELS]; zeros outside of the image."""
+    k = tl.arange(0, 4 * CHANNELS)
     at = ((n * HEIGHT + y) * WIDTH + x) * CHANNELS
     column = x[:, None] + (k // CHANNELS)[None, :]
     inside = (there & (y >= 0) & (y < HEIGHT))[:, None] & (column >= 0) & (column < WIDTH)
@@ -58,6 +56,7 @@ def _line(
 
 @triton.jit
 def _matrix(factors, number: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One of the matrices that lie one behind the other in `factors`."""
     at = number * (ROWS * COLUMNS) + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return tl.load(factors + at)
 
@@ -87,7 +86,7 @@ def conv_kernel(
     below = above
     for line in tl.static_range(4):
         y, x = 2 * wy + line - PADDING, 2 * wx - PADDING
-        values = _line(images, n, y, x, there, HEIGHT, WIDTH, CHANNELS, 4)
+        values = _line(images, n, y, x, there, HEIGHT, WIDTH, CHANNELS)
         if line < 3:
             above = tl.dot(values, _matrix(factors, line, 4 * CHANNELS, OUTPUTS * 2), above)
         if line > 0:
@@ -196,7 +195,7 @@ def weight_gradient_kernel(
         below = tl.where(which == (k // OUTPUTS + 2)[None, :], whole, 0.0).to(whole.dtype)
         for line in tl.static_range(4):
             y, x = 2 * wy + line - PADDING, 2 * wx - PADDING
-            values = tl.trans(_line(images, n, y, x, there, HEIGHT, WIDTH, CHANNELS, 4))
+            values = tl.trans(_line(images, n, y, x, there, HEIGHT, WIDTH, CHANNELS))
             if line == 0:
                 t0 = tl.dot(values, above, t0)
             elif line == 1:

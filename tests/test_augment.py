@@ -1,9 +1,5 @@
 """The augmentation kernel: the reference against numpy, the kernel against the reference, compilation without a GPU."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +7,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from without_gpu import assert_equal_in_the_interpreter
 
 from netdyno.kernels.augment import BLOCK, augment, augment_kernel, augment_reference, augment_triton
 
@@ -82,13 +79,7 @@ def test_nothing_moved_is_normalisation_alone() -> None:
 
 
 def test_kernel_equals_reference_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides for the interpreter when a kernel is defined."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "equal\n"
+    assert_equal_in_the_interpreter(__file__)
 
 
 @pytest.mark.gpu

@@ -1,8 +1,5 @@
 """Batch norm with activation and pooling: the kernels against PyTorch in float64, compiled, and without a GPU."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 
@@ -12,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from without_gpu import assert_equal_in_the_interpreter
 
 from netdyno.kernels import batch_norm as module
 from netdyno.kernels.batch_norm import (
@@ -76,15 +74,8 @@ def compare_with_float64(
 
 
 def test_kernels_equal_float64_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides for the interpreter when a kernel is defined."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
     # Dynamo makes instances of autograd functions, and PyTorch warns of that.
-    warnings = ["-W", "error", "-W", "ignore:<class 'torch.autograd"]
-    done = subprocess.run(
-        [sys.executable, *warnings, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "equal\n"
+    assert_equal_in_the_interpreter(__file__, "<class 'torch.autograd")
 
 
 @pytest.mark.gpu

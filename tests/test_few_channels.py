@@ -1,8 +1,5 @@
 """Convolutions of few channels: the kernels against PyTorch in float64, their gradients, compilation without a GPU."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from itertools import product
 
@@ -13,6 +10,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from without_gpu import assert_equal_in_the_interpreter
 
 from netdyno.kernels import few_channels, patches_in_registers
 from netdyno.kernels.few_channels import (
@@ -113,13 +111,7 @@ def compare_tensor_cores_with_float64(device: str, cases: Iterable[Numbered]) ->
 
 
 def test_kernels_equal_float64_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides for the interpreter when a kernel is defined."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "equal\n"
+    assert_equal_in_the_interpreter(__file__)
 
 
 @pytest.mark.gpu

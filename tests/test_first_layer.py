@@ -1,12 +1,9 @@
 """First layers: the kernels against PyTorch in float64, their gradients."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
+from without_gpu import assert_equal_in_the_interpreter
 
 from netdyno.kernels import first_layer, patches_in_registers
 from netdyno.kernels.first_layer import conv, conv_reference, conv_triton, gradient_triton, summed
@@ -91,13 +88,7 @@ def sum_exactly(case: tuple[int, ...], device: str) -> None:
 
 
 def test_kernels_equal_float64_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides for the interpreter when a kernel is defined."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "equal\n"
+    assert_equal_in_the_interpreter(__file__)
 
 
 @pytest.mark.gpu

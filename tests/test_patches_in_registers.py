@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import without_gpu
 
 from netdyno.kernels import patches_in_registers
 from netdyno.kernels.patches_in_registers import conv_kernel, gradient_kernel
@@ -39,7 +37,7 @@ LAYERS = [
 
 
 def compiled(kernel: Any, layer: Layer, capability: int) -> Any:
-    """As it is launched: all pointers are multiples of 16 bytes."""
+    """As it is launched."""
     images = torch.empty(2, layer.inputs, 32, 32, dtype=layer.dtype)
     out = patches_in_registers.empty_out(images, layer.outputs, 3, 1, layer.padding)
     activation = "relu" if layer.padding == 1 else "none"
@@ -47,15 +45,8 @@ def compiled(kernel: Any, layer: Layer, capability: int) -> Any:
     values |= {"TURNS": 8} if kernel is gradient_kernel else {"MIRRORED": layer.padding == 2, "BIASED": True}
     pointers = dict.fromkeys(("images", "gradient", "out"), TYPES[layer.dtype])
     pointers |= dict.fromkeys(("weight", "bias", "partial"), "fp32")
-    signature = {
-        name: "constexpr" if name in values else f"*{pointers[name]}" if name in pointers else "i32"
-        for name in kernel.arg_names
-    }
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in pointers}
     options = {"num_stages": patches_in_registers.stages(out)} if kernel is gradient_kernel else {}
-    return triton.compile(
-        ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", capability, 32), options=options
-    )
+    return without_gpu.compiled(kernel, values, pointers, capability, options)
 
 
 @pytest.mark.parametrize("capability", SHARED)

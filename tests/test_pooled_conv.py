@@ -1,17 +1,12 @@
 """Convolution, bias, ReLU and pooling in one: the kernels against PyTorch in float64, their gradients."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from without_gpu import assert_equal_in_the_interpreter, compiled
 
 from netdyno.kernels import pooled_conv as module
 from netdyno.kernels.pooled_conv import (
@@ -126,13 +121,7 @@ def hide_no_nan(device: str) -> None:
 
 
 def test_kernels_equal_float64_in_the_interpreter() -> None:
-    """In a process of its own: Triton decides for the interpreter when a kernel is defined."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "equal\n"
+    assert_equal_in_the_interpreter(__file__)
 
 
 @pytest.mark.gpu
@@ -194,7 +183,7 @@ SHARED = {80: 163, 86: 99, 90: 227, 120: 99}  # KiB that a block may have, by co
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("kernel", [conv_kernel, images_gradient_kernel, weight_gradient_kernel])
 def test_they_compile_without_a_gpu(kernel: Any, capability: int) -> None:
-    """As they are launched for the widest layer that they take: all pointers are multiples of 16 bytes."""
+    """As they are launched for the widest layer that they take."""
     images = torch.empty(2, 32, 32, 32, dtype=torch.bfloat16)
     pooled, _ = module._empty_out(images, 32, 1)
     of_weight = kernel is weight_gradient_kernel
@@ -202,15 +191,8 @@ def test_they_compile_without_a_gpu(kernel: Any, capability: int) -> None:
     values = module._constants(images, pooled, 1, *windows) | ({"TURNS": 8} if of_weight else {})
     pointers = dict.fromkeys(("images", "factors", "gradient", "out", "pooled"), "bf16")
     pointers |= {"place": "u8", "bias": "fp32", "partial": "fp32"}
-    signature = {
-        name: "constexpr" if name in values else f"*{pointers[name]}" if name in pointers else "i32"
-        for name in kernel.arg_names
-    }
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in pointers}
     options = {"num_stages": module.GRADIENT_STAGES} if of_weight else {}
-    made = triton.compile(
-        ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", capability, 32), options=options
-    )
+    made = compiled(kernel, values, pointers, capability, options)
     assert "mma" in made.asm["ptx"]  # tensor cores
     assert made.metadata.shared <= 1024 * SHARED[capability]
 

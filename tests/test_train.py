@@ -11,6 +11,7 @@ from new_network import CPU, EAGER, TinyCnn, bright_and_dark, tiny_cnn
 from torch import nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from netdyno.bench import train
 from netdyno.bench.data import baseline, dali
 from netdyno.bench.data.loader import Batch, Loader
 from netdyno.bench.measure import BlockClock
@@ -63,6 +64,15 @@ def batches(count: int, size: int = 4) -> list[Batch]:
 
 def silent(steps: int, loss: float) -> None:
     """Shows no progress."""
+
+
+def test_a_rehearsal_does_all_that_an_epoch_does_beside_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss comes to the host on the way, and their mean in the end."""
+    checked: list[int] = []
+    original = train._checked
+    monkeypatch.setattr(train, "_checked", lambda steps, loss: checked.append(steps) or original(steps, loss))
+    train.rehearse(CPU)
+    assert checked == [1, 3]
 
 
 def test_several_batches_at_once_are_as_many_steps() -> None:
