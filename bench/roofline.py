@@ -68,9 +68,9 @@ STEPS: dict[str, Step] = {
     "cifar100-cnn": (Sweep(network="cifar100-cnn"),),
     "conv-autoencoder": (Sweep(network="conv-autoencoder"),),
     "dcgan": _adversarial(),
+    "dcgan-common": _adversarial(", common form"),
     "resnet50-transfer": (forward("resnet50 features", folded=True), Sweep(network="resnet50 head")),
 }
-COMMON_DCGAN: Step = _adversarial(", common form")
 RESNET50_INFERENCE: Step = (forward("resnet50 features"), forward("resnet50 classifier"))
 RESNET50_TRAINING: Step = (Sweep(network="resnet50 features"), Sweep(network="resnet50 classifier", images=True))
 

@@ -281,7 +281,7 @@ def test_list(netdyno: Any) -> None:
     ended = netdyno("list")
     assert (ended.code or 0, ended.err) == (0, "")
     lines = {line.split()[0]: line for line in ended.out.splitlines()}
-    assert [*lines] == ["workload", *names(), *names("open")]
+    assert [*lines] == ["workload", *names(), *names("open"), "dcgan-common"]
     assert "≥ 99 %" in lines["mnist-cnn"]
     assert "SSIM ≥ 0.96" in lines["conv-autoencoder"]
     assert "≤ 25 % of untrained" in lines["dcgan"]

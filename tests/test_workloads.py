@@ -88,6 +88,17 @@ def test_data_metrics_and_targets_of_the_design() -> None:
     assert {workload.division for workload in found.values()} == {"closed"}
 
 
+def test_the_common_form_of_dcgan_runs_by_its_name_alone() -> None:
+    found = find("dcgan-common")
+    assert found.name not in names()
+    assert (found.target, found.target_share) == (None, None)
+    by_name = {name: tuple(weight.shape) for name, weight in found.network().named_parameters()}
+    assert by_name["generator.project.weight"] == (64 * 8 * 4 * 4, 100)
+    assert by_name["generator.layers.11.weight"] == (64, 3, 4, 4)
+    assert by_name["discriminator.layers.0.weight"] == (64, 3, 4, 4)
+    assert by_name["discriminator.layers.11.weight"] == (1, 512, 4, 4)
+
+
 @pytest.mark.parametrize("name", ["cifar10-cnn", "conv-autoencoder"])
 def test_targets_are_the_medians_of_the_source_recipe(name: str) -> None:
     """Of five seeds, as the committed records have them."""
