@@ -52,8 +52,8 @@ CHILD_ENVIRONMENT = {
     # process that imports torch to load it: 17 s on two cores, also where everything else comes from the cache.
     "TORCHINDUCTOR_VEC_ISA_OK": "1",
     # What a step frees stays with the process, as torch keeps it on a GPU. Else it is chance how much of the heap goes
-    # back to the system after each step: on two cores a process of conv-autoencoder had 130,000 to 330,000 page faults in
-    # 4 s instead of 3,000, took 13 % longer, and its steps spread by 2.9 instead of 1.2 %.
+    # back to the system after each step: on two cores a process of conv-autoencoder had 130,000 to 330,000 page faults
+    # in 4 s instead of 3,000, took 13 % longer, and its steps spread by 2.9 instead of 1.2 %.
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776",
 }
 

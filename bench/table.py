@@ -374,7 +374,7 @@ def to_csv(records: Iterable[Record]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Screen:
-    """A section for a terminal: fits 120 columns, and drops compile time, target and spreads below 100."""
+    """A section for a terminal: fits 120 columns; below 100 names fold and compile time, target and spread go."""
 
     section: Section
 
@@ -382,22 +382,25 @@ class Screen:
         notes = Notes()
         wide = options.max_width >= 100
         yield Text(f"{self.section.machine or MISSING}: {self.section.title}", style="bold")
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1 if wide else 0, 0, 0), pad_edge=False)
         columns = _terminal_columns(self.section, notes, wide)
-        for column in columns:
-            folds = column.header in FOLDING
+        cells = [[column.cell(row) for column in columns] for row in self.section.rows]
+        for column, *texts in zip(columns, *cells, strict=True):
+            narrow = column.header == "workload" and not wide  # as its longest word, and folds what has several
+            longest = max(cell_len(word) for text in [column.header, *texts] for word in text.split())
+            folds = narrow or column.header in FOLDING
             table.add_column(
                 column.header,
                 justify="right" if column.right else "left",
                 no_wrap=not folds,
                 overflow="fold" if folds else "ellipsis",
+                width=min(longest, 20) if narrow else None,
                 max_width=None if folds else 32,  # so that one long name leaves the other columns their room
             )
         above = ""
-        for row in self.section.rows:
-            cells = [column.cell(row) for column in columns]
-            above, cells[0] = cells[0], "" if cells[0] == above else cells[0]
-            table.add_row(*map(Text, cells), style="" if row.ok else "red")
+        for row, (name, *others) in zip(self.section.rows, cells, strict=True):
+            table.add_row(*map(Text, ["" if name == above else name, *others]), style="" if row.ok else "red")
+            above = name
         yield table
         spread = [SPREAD] if wide and _has_spread(self.section.rows) else []
         for line in [*notes.lines(), *spread]:

@@ -1,7 +1,8 @@
 """The workloads: a network, its data set, its objective and its target, one function each.
 
-`WORKLOADS` lists the six, `OPEN` those of the open division, `FORMS` what runs only by its name; a suite turns a workload into the form in which it runs (`SUITES`). Specs are pure values:
-making one touches no GPU, file or environment. A new network needs one file in `models/` and one function here.
+`WORKLOADS` lists the six, `OPEN` those of the open division, and `FORMS` what runs only by its name; a suite turns a
+workload into the form in which it runs (`SUITES`). Specs are pure values: making one touches no GPU, file or
+environment. A new network needs one file in `models/` and one function here.
 """
 
 from collections.abc import Callable, Mapping

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,6 +128,15 @@ def test_the_screen_is_wide_enough(width: int) -> None:
     assert max(cell_len(line) for line in screen.splitlines()) <= width
     for wanted in ("resnet50-transfer", "540,000", "12.0 ×", "1,536", "99.10", "oom"):
         assert wanted in screen
+
+
+def test_a_narrow_screen_cuts_no_number_of_the_published_records() -> None:
+    published = load_all(ROOT / "results")
+    screen = on_screen(published, 80)
+    assert max(cell_len(line) for line in screen.splitlines()) <= 80
+    assert not re.search(r"\S…", screen)
+    for final in table.rows(published)["metric_final"].dropna():
+        assert f"{final:.2f}" in screen
 
 
 def test_json_and_csv_hold_numbers_unrounded() -> None:
