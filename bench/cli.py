@@ -90,10 +90,10 @@ def list_workloads() -> None:
     """List the workloads, their data sets and targets."""
     from rich.table import Table
 
-    from .workloads import FORMS, OPEN, WORKLOADS
+    from .workloads import OPEN, VARIANTS, WORKLOADS
 
     grid = Table("workload", "data set", "metric and target", "batch", "epochs", box=None, header_style="bold")
-    for function in WORKLOADS + OPEN + FORMS:
+    for function in WORKLOADS + OPEN + VARIANTS:
         workload = function()
         recipe, metric = workload.recipe, workload.metric
         goal = metric.name

@@ -20,7 +20,7 @@ from netdyno.bench import gate, machine
 from netdyno.bench.ab import Checkout, Contest, environment, parse_case, run_side
 from netdyno.bench.record import Record
 from netdyno.bench.regress import sides, step_s
-from netdyno.bench.runner import COLD
+from netdyno.bench.runner import COLD, child_environment
 from netdyno.bench.stats import median
 
 ROOT = Path(__file__).parents[1]
@@ -85,10 +85,11 @@ def copy(folder: Path, cache: Path, planted: Planted | None = None, *, compiled_
     return Checkout(commit="this tree", tree=tree, environment=environment(packages, cache))
 
 
-def units_for(seconds: float) -> int:
-    """How many units of `SPIN` take so long on this machine, found in a process of its own."""
+def units_for(seconds: float, *, on_cpu: bool) -> int:
+    """How many units of `SPIN` take so long on this machine, found in a process like those that are measured."""
     command = [sys.executable, str(ROOT / "tests" / "spin.py"), str(seconds)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = child_environment(on_cpu=on_cpu)
+    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def fill(side: Checkout, contest: Contest, folder: Path, runs: int) -> None:
@@ -124,7 +125,8 @@ def main() -> int:
 
     calm = copy(folder / "copy-calm", folder / "cache-calm")
     fill(calm, contest, folder / "baseline", options.baseline)
-    slug = machine.describe()["slug"]
+    here = machine.describe()
+    slug = here["slug"]
     if not (folder / "results" / slug / gate.NAME).exists():
         gate.update(records_in(folder / "baseline"), folder / "results")
     (side,) = sides(gate.baseline_records(folder / "results", slug)).values()
@@ -132,7 +134,7 @@ def main() -> int:
 
     units = folder / f"units-{options.percent}"  # kept, as the copies are
     if not units.exists():
-        units.write_text(str(units_for(step * options.percent / 100)))
+        units.write_text(str(units_for(step * options.percent / 100, on_cpu=here["gpu"] is None)))
     print(f"step {step:.6f} s, {units.read_text()} units of extra work for {options.percent} %", flush=True)
     slow = copy(
         folder / f"copy-slow-{options.percent}",

@@ -113,8 +113,8 @@ def test_a_whole_record_has_every_key_of_its_description(data: Path, tmp_path: P
     timing, throughput = record["timing"], record["throughput"]
     assert timing["steps"] == 4  # two epochs of 300 images at batch 128
     assert len(timing["block_s"]) == 4
-    assert sum(timing["block_s"]) - 1e-5 < timing["train_s"] < 1.1 * sum(timing["block_s"])  # the loader ends epochs
-    assert timing["wall_s"] == pytest.approx(timing["train_s"], rel=0.2)
+    assert sum(timing["block_s"]) - 1e-5 < timing["train_s"]  # which the loader's end of each epoch is in
+    assert timing["wall_s"] == pytest.approx(timing["train_s"], abs=1e-3)  # of one clock, on a CPU
     assert throughput["images_per_s"] == pytest.approx(512 / timing["train_s"], rel=1e-3)
     assert record["memory"]["host_rss_peak_mib"] > 100
     assert record["data"]["images"] == {"train": 300, "test": 100}

@@ -222,9 +222,8 @@ def test_wrong_use_is_told_in_one_line(netdyno: Any, runs: Runs, arguments: str,
 
 def test_an_unknown_workload_lists_the_known_ones(netdyno: Any, runs: Runs) -> None:
     told = complaint(netdyno("run", "mnist-cnn", "resnet", "--tuning", "eager"))
-    assert (
-        told == f"netdyno: unknown workload 'resnet'; known are {', '.join([*names(), *names('open'), 'dcgan-common'])}"
-    )
+    known = [*names(), *names("open"), "dcgan-common"]
+    assert told == f"netdyno: unknown workload 'resnet'; known are {', '.join(known)}"
     assert runs.cases == []
     assert not Path("results").exists()
 

@@ -4,6 +4,8 @@ import _thread
 import hashlib
 import json
 import os
+import platform
+import subprocess
 import sys
 import threading
 import time
@@ -547,3 +549,29 @@ def test_nothing_is_left_in_the_temporary_folder(go: Any, tmp_path: Path, monkey
     monkeypatch.setattr(runner.tempfile, "tempdir", str(tmp_path / "scratch"))
     go("measure(); open(order['pictures'] + '/1.webp', 'w').close(); sys.exit(1)")
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def page_faults_of_buffers(environment: dict[str, str]) -> int:
+    """Of a process that makes and frees ten buffers of 64 MiB, after a first one; a page is 4 KiB."""
+    code = """
+import ctypes, resource
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: small pages alone
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+bytearray(64 << 20)
+before = faults()
+for _ in range(10):
+    bytearray(64 << 20)
+print(faults() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_is_freed_on_a_cpu_stays_with_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert page_faults_of_buffers(runner.child_environment(on_cpu=True)) < 100
+    assert page_faults_of_buffers(runner.child_environment()) > 10_000
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    assert page_faults_of_buffers(runner.child_environment(on_cpu=True)) > 10_000  # the user's own counts

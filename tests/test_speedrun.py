@@ -122,7 +122,7 @@ def test_what_a_record_holds(data: Path) -> None:
     assert found["throughput"]["images_per_s"] == pytest.approx(18 * 32 / timing["train_s"], rel=1e-3)
     assert found["case"]["seeds"] == [0, 1, 2]
     assert len(timing["block_s"]) == 18  # the evaluations are none of them
-    assert sum(timing["block_s"]) - 1e-4 < timing["train_s"] < 1.1 * sum(timing["block_s"])  # the loader ends phases
+    assert 0 < timing["train_s"] - sum(timing["block_s"]) + 1e-4 < 0.1  # what the loader does as a seed ends
     assert found["throughput"]["eval_images_per_s"] > 0
     assert found["case"]["recipe"]["sides"] == ((24, 0.5), (32, 0.5))
 

@@ -109,9 +109,10 @@ def test_hostile_strings_break_no_csv_json_or_screen() -> None:
     made = [hostile(), hostile(2, status="failed", reason=HOSTILE)]
     assert len({len(line) for line in csv.reader(io.StringIO(table.to_csv(made)))}) == 1
     assert [row["status"] for row in json.loads(table.to_json(made))] == ["ok", "failed"]
-    screen = on_screen(made, 120)
-    assert "[bold]h[/bold]" in "".join(screen.split())
-    assert "\x1b" not in screen
+    for width in (80, 120):
+        screen = on_screen(made, width)
+        assert "[bold]h[/bold]" in "".join(screen.split())
+        assert "\x1b" not in screen
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -134,9 +135,10 @@ def test_a_narrow_screen_cuts_no_number_of_the_published_records() -> None:
     published = load_all(ROOT / "results")
     screen = on_screen(published, 80)
     assert max(cell_len(line) for line in screen.splitlines()) <= 80
-    assert not re.search(r"\S…", screen)
-    for final in table.rows(published)["metric_final"].dropna():
-        assert f"{final:.2f}" in screen
+    assert not re.search(r"^ [\w, ]+\S…", screen, re.MULTILINE)
+    for row in table.rows(published).itertuples():
+        assert row.status != "ok" or table.figure(row.images_per_s) in screen
+        assert row.metric_final != row.metric_final or table.fixed(row.metric_final) in screen
 
 
 def test_json_and_csv_hold_numbers_unrounded() -> None:

@@ -88,10 +88,11 @@ def test_data_metrics_and_targets_of_the_design() -> None:
     assert {workload.division for workload in found.values()} == {"closed"}
 
 
-def test_the_common_form_of_dcgan_runs_by_its_name_alone() -> None:
+def test_the_common_form_of_dcgan_runs_only_where_it_is_named() -> None:
     found = find("dcgan-common")
     assert found.name not in names()
     assert (found.target, found.target_share) == (None, None)
+    assert (found.source.batch_size, found.recipe.batch_size) == (64, 128)
     by_name = {name: tuple(weight.shape) for name, weight in found.network().named_parameters()}
     assert by_name["generator.project.weight"] == (64 * 8 * 4 * 4, 100)
     assert by_name["generator.layers.11.weight"] == (64, 3, 4, 4)
