@@ -53,9 +53,9 @@ CHILD_ENVIRONMENT = {
     "TORCHINDUCTOR_VEC_ISA_OK": "1",
 }
 # And one that trains on a CPU: what a step frees stays with the process, as torch keeps it on a GPU. Else it is chance
-# how much of the heap goes back to the system after each step: on two cores a process of conv-autoencoder had 130,000
-# to 330,000 page faults in 4 s instead of 900 to 4,400, a step took 13 % longer, and steps spread by 2.9 instead of
-# 1.2 %.
+# how much of the heap goes back to the system after each step: on two cores twelve processes of conv-autoencoder had
+# 94,000 to 324,000 page faults in 4 s instead of 100 to 3,600, a step took 7 % longer, and steps of one process spread
+# by 1.7 instead of 0.7 %.
 CPU_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
 
 Event = dict[str, Any]

@@ -386,15 +386,15 @@ class Screen:
         columns = _terminal_columns(self.section, notes, wide)
         cells = [[column.cell(row) for column in columns] for row in self.section.rows]
         for column, *texts in zip(columns, *cells, strict=True):
-            narrow = column.header == "workload" and not wide  # as its longest word, and folds what has several
-            longest = max(cell_len(word) for text in [column.header, *texts] for word in text.split())
-            folds = narrow or column.header in FOLDING
+            names = column.header == "workload" and not wide  # they fold between words
+            longest_word = max(cell_len(word) for text in [column.header, *texts] for word in text.split())
+            folds = names or column.header in FOLDING
             table.add_column(
                 column.header,
                 justify="right" if column.right else "left",
                 no_wrap=not folds,
                 overflow="fold" if folds else "ellipsis",
-                width=min(longest, 20) if narrow else None,
+                width=min(longest_word, 20) if names else None,
                 max_width=None if folds else 32,  # so that one long name leaves the other columns their room
             )
         above = ""
