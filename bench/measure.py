@@ -8,8 +8,8 @@
   synchronisation a block, for the end of the block before it, so that the device never waits for the host to ask. A
   block begins where the one before it ended, so the blocks of an epoch tile it, and whatever the loader or the host
   costs is inside: the start of a DataLoader's workers and DALI's first fill too. A loader may fetch ahead across the
-  border of epochs, and make the next one's first batches, which counts for the epoch in which it does so. A set that
-  stays on the device, as the record's `data.resident` says, is brought there before.
+  border of epochs, and make the next one's first batches, which counts for the epoch in which it does so: DALI's ends
+  when all that it has begun has arrived, so that none of it happens while nobody times. A set that stays on the device, as the record's `data.resident` says, is brought there before.
   Where several steps are one CUDA graph, a block is a whole number of replays. The wall clock of the
   epoch is recorded beside them.
 - Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first epoch

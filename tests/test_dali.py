@@ -94,6 +94,20 @@ def test_an_epochs_first_batches_are_made_behind_the_last_ones_before(
     assert [batch.labels.tolist() for batch in loader.epoch()] == expected[3]
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", ["arrays", "jpegs"])
+def test_after_an_epoch_dali_works_on_nothing(
+    noise: np.ndarray, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, kind: str, train: bool
+) -> None:
+    """What it decoded between two epochs nobody would time, or the epoch of another loader would pay for it."""
+    stream(monkeypatch, 20)
+    loader = arrays(noise, train=train) if kind == "arrays" else jpegs(photographs, train=train)
+    for _ in range(3):
+        assert not all([loader._pipeline.empty() for _ in loader.epoch()])  # type: ignore[attr-defined]
+        assert loader._pipeline.empty()  # type: ignore[attr-defined]
+    loader.close()
+
+
 def test_no_batch_is_made_ahead_of_an_evaluation(noise: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     original = dali.augment

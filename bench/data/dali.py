@@ -10,15 +10,18 @@ image by image, one batch an iteration.
 Everything random is drawn on the host from a generator keyed by (seed, epoch) and travels with the images, so that an
 epoch is the same on every device. Iterations follow each other without end. The next one is taken from DALI while the
 device is busy with the first batches of this one, and an epoch's first batches are made behind the last ones of the
-epoch before.
+epoch before. An epoch ends when all that DALI has begun has arrived: else it would decode for the next epoch while
+the network is evaluated, which nobody times, and for the next evaluation while it trains, which is timed.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -228,7 +231,8 @@ def decode(files: Sequence[Path], device: torch.device) -> np.ndarray:
 
     images: np.ndarray | None = None
     for start in starts:
-        (output,) = _run(pipeline, None, files)
+        with _blaming(files):
+            (output,) = pipeline.run()
         for i, decoded in enumerate(output.as_cpu(), start):
             image = np.asarray(decoded)
             if images is None:
@@ -293,6 +297,8 @@ class _DaliLoader:
         self._files = files
         self._next_epoch = 0
         self._next_run = 0
+        self._begun = 0  # iterations that DALI works on, or has done
+        self._arrived: deque[list[Tensor]] = deque()  # those taken from it and not yet wanted
         self._latest: list[Tensor] = []  # the outputs of the run before the next one
         self._makes_ahead = makes_ahead
         self._made: tuple[int, Batch] | None = None  # an epoch and its first batches, made before it began
@@ -311,6 +317,7 @@ class _DaliLoader:
         self._pipeline = None  # the last reference: DALI's threads end
         # what they take on the device goes too, whoever still has the loader
         self._stored, self._latest, self._made = None, [], None
+        self._arrived.clear()
         self._end_source()
 
     def _batches(self, epoch: int) -> Iterator[Batch]:
@@ -330,6 +337,8 @@ class _DaliLoader:
                     self._advance()
         if self._makes_ahead and epoch + 1 == self._next_epoch:
             self._made = epoch + 1, self._make(self._outputs(first_run + self._runs_per_epoch), 0, 0)
+        while self._begun:
+            self._arrived.append(self._take())
 
     def _make(self, outputs: list[Tensor], run: int, k: int) -> Batch:
         """As many batches as come at once of a super-batch, the run `run` of its epoch, from its batch `k` on."""
@@ -377,13 +386,28 @@ class _DaliLoader:
         return self._latest
 
     def _advance(self) -> None:
-        """Takes the next iteration from DALI, as tensors of our own."""
+        """Goes on to the next iteration, with as many behind it as DALI's queue is deep."""
         if self._pipeline is None:
             raise RuntimeError("this loader is closed")
-        stream = _stream(self._device)
-        outputs = _run(self._pipeline, stream, self._files or ())
-        self._latest = [self._copy(output.as_tensor(), stream) for output in outputs]
+        while self._begun + len(self._arrived) < self._pipeline.prefetch_queue_depth:
+            self._begin()
+        self._latest = self._arrived.popleft() if self._arrived else self._take()
         self._next_run += 1
+
+    def _begin(self) -> None:
+        """Has DALI begin one more iteration; the first time as many as its queue is deep."""
+        self._pipeline.schedule_run()
+        self._begun += 1 if self._next_run else self._pipeline.prefetch_queue_depth
+
+    def _take(self) -> list[Tensor]:
+        """The oldest iteration that was begun, as tensors of our own."""
+        stream = _stream(self._device)
+        with _blaming(self._files or ()):
+            outputs = self._pipeline.share_outputs(stream)
+        tensors = [self._copy(output.as_tensor(), stream) for output in outputs]
+        self._pipeline.release_outputs()
+        self._begun -= 1
+        return tensors
 
     def _copy(self, output: Any, stream: torch.cuda.Stream | None) -> Tensor:
         from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
@@ -441,7 +465,7 @@ def _bring(images: np.ndarray, device: torch.device) -> Tensor:
         )
         pipeline.set_outputs(_to_device(fn.external_source(source, dtype=types.UINT8, ndim=4), device))
     for part in parts:
-        (output,) = _run(pipeline, _stream(device), ())
+        (output,) = pipeline.run(_stream(device))
         feed_ndarray(output.as_tensor(), part[None], cuda_stream=_stream(device))
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # before the pipeline goes, and its memory with it
@@ -549,11 +573,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
-def _run(pipeline: Any, stream: torch.cuda.Stream | None, files: Sequence[Path]) -> tuple[Any, ...]:
-    """One iteration; UserError if it fails because one of `files` is no sound JPEG."""
+@contextmanager
+def _blaming(files: Sequence[Path]) -> Iterator[None]:
+    """UserError where DALI fails because one of `files` is no sound JPEG."""
     try:
-        return pipeline.run(stream)
-    except RuntimeError as error:
+        yield
+    except RuntimeError:
         for file in files:  # DALI does not say which one it was
             check_decodes(file)
-        raise error
+        raise
