@@ -56,6 +56,7 @@ SUPER_BATCH_IMAGES = 16_384
 SUPER_BATCH_BYTES = 64 << 20  # up to four are on the device at a time: DALI's queue, the next and the one in use
 STEPS_AT_ONCE = 32  # of a captured step, at most …
 PARTS_OF_EPOCH = 4  # … and so few that an epoch has as many blocks, since a block of time is a replay or more
+QUEUE = 2  # iterations that DALI works on or has done, where one takes its time
 DECODE_CHUNK = 256
 
 
@@ -89,24 +90,28 @@ def array_loader(
         batches_per_run = at_once * _spread(parts, _super_batch(images) // (at_once * batch_size))
 
     known = labels_or_zeros(labels, len(images))
+    size = batches_per_run * batch_size
     orders: Iterator[tuple[np.ndarray, ...]] = _orders(
         len(images),
         count=images_per_epoch,
-        size=batches_per_run * batch_size,
+        size=size,
         preprocess=preprocess if train else _unmoved(preprocess),
         seed=seed,
         shuffle=train,
         share=share,
     )
+    # Numbers travel in no time: with a queue of two, the first epoch would wait for those of the second one too.
+    depth = 1 if resident else QUEUE
+    blanks: Iterator[tuple[np.ndarray, ...]] = itertools.repeat(
+        (np.zeros((1, size), np.int64), np.zeros((1, size, 2), np.int32), np.zeros((1, size), np.uint8)), depth
+    )
     dali, fn, types = import_dali()
     dtypes, ndims = [types.INT64, types.INT32, types.UINT8], [1, 2, 1]
     if not resident:
         # of a strided view np.take would make this copy at every call
-        orders = _gathered(orders, np.ascontiguousarray(images), known)
+        blanks, orders = (_gathered(each, np.ascontiguousarray(images), known) for each in (blanks, orders))
         dtypes, ndims = [types.UINT8, *dtypes], [4, *ndims]
-    source = _ahead(orders)
-    # Numbers travel in no time: with a queue of two, the first epoch would wait for those of the second one too.
-    depth = 1 if resident else 2
+    source = _in_turn(blanks, _ahead(orders))
     pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=_device_id(device), prefetch_queue_depth=depth)
     with pipeline:
         outputs = fn.external_source(source, num_outputs=len(dtypes), dtype=dtypes, ndim=ndims)
@@ -174,8 +179,14 @@ def jpeg_loader(
     batches, images_per_epoch = count_epoch(len(files), batch_size, train=train, ranks=share.ranks)
     moves = preprocess if train else _unmoved(preprocess)
     warped = bool(moves.shear_deg or moves.zoom or moves.flip)
-    source = _jpeg_batches(
-        [np.frombuffer(read_jpeg(file), np.uint8) for file in files],
+    encoded_files = [np.frombuffer(read_jpeg(file), np.uint8) for file in files]
+    blank = (
+        encoded_files[:1] * batch_size,
+        np.zeros(batch_size, np.int64),
+        np.tile(np.eye(2, 3, dtype=np.float32), (batch_size, 1, 1)),
+    )
+    batches_of_files = _jpeg_batches(
+        encoded_files,
         labels_or_zeros(labels, len(files)),
         count=images_per_epoch,
         batch_size=batch_size,
@@ -184,6 +195,7 @@ def jpeg_loader(
         shuffle=train,
         share=share,
     )
+    source = _in_turn(itertools.repeat(blank, QUEUE), batches_of_files)
     dali, fn, types = import_dali()
     pipeline = _per_image_pipeline(dali, batch_size, device)
     with pipeline:
@@ -194,7 +206,7 @@ def jpeg_loader(
             dtype=[types.UINT8, types.INT64, types.FLOAT][:outputs],
             ndim=[1, 0, 2][:outputs],
         )
-        image = _decoder(fn, types, encoded, device)
+        image = _to_device(_decoder(fn, types, encoded), device)
         image = fn.resize(image, size=[side, side], interp_type=types.INTERP_LINEAR, antialias=True)
         if warped:
             # No fill value: the border pixel is repeated, so that no black wedge tells the network of the warp.
@@ -227,7 +239,7 @@ def decode(files: Sequence[Path], device: torch.device) -> np.ndarray:
         chunks = fn.external_source(
             (encoded[start : start + DECODE_CHUNK] for start in starts), dtype=types.UINT8, ndim=1
         )
-        pipeline.set_outputs(_decoder(fn, types, chunks, device))
+        pipeline.set_outputs(_to_device(_decoder(fn, types, chunks), device))
 
     images: np.ndarray | None = None
     for start in starts:
@@ -281,7 +293,6 @@ class _DaliLoader:
         self.images_per_epoch = images_per_epoch
         self.batches_per_epoch = batches_per_epoch
         self.batches_at_once = 1 if into is None else into.batches
-        pipeline.build()  # here, so that the first epoch does not pay for it
         self._pipeline = pipeline
         # DALI leaves the source in a cycle of references; its thread and its images shall not wait for the collector.
         self._end_source = weakref.finalize(self, source.close)
@@ -297,7 +308,6 @@ class _DaliLoader:
         self._files = files
         self._next_epoch = 0
         self._next_run = 0
-        self._begun = 0  # iterations that DALI works on, or has done
         self._arrived: deque[list[Tensor]] = deque()  # those taken from it and not yet wanted
         self._latest: list[Tensor] = []  # the outputs of the run before the next one
         self._makes_ahead = makes_ahead
@@ -307,6 +317,13 @@ class _DaliLoader:
             torch.zeros(len(self._index), 2, dtype=torch.int32, device=device),
             torch.zeros(len(self._index), dtype=torch.uint8, device=device),
         )
+        # Its threads and its memory DALI makes in a first run, which is as many iterations as its queue is deep: here,
+        # of blank ones.
+        pipeline.build()
+        pipeline.schedule_run()
+        self._begun = pipeline.prefetch_queue_depth  # iterations that DALI works on, or has done
+        while self._begun:
+            self._take()
 
     def epoch(self) -> Iterator[Batch]:
         epoch = self._next_epoch
@@ -390,14 +407,10 @@ class _DaliLoader:
         if self._pipeline is None:
             raise RuntimeError("this loader is closed")
         while self._begun + len(self._arrived) < self._pipeline.prefetch_queue_depth:
-            self._begin()
+            self._pipeline.schedule_run()
+            self._begun += 1
         self._latest = self._arrived.popleft() if self._arrived else self._take()
         self._next_run += 1
-
-    def _begin(self) -> None:
-        """Has DALI begin one more iteration; the first time as many as its queue is deep."""
-        self._pipeline.schedule_run()
-        self._begun += 1 if self._next_run else self._pipeline.prefetch_queue_depth
 
     def _take(self) -> list[Tensor]:
         """The oldest iteration that was begun, as tensors of our own."""
@@ -531,6 +544,12 @@ def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
             yield item
 
 
+def _in_turn(*sources: Iterator[T]) -> Generator[T, None, None]:
+    """The items of one source after the other; closing it closes the one that it has come to."""
+    for source in sources:
+        yield from source
+
+
 def import_dali() -> tuple[ModuleType, ModuleType, ModuleType]:
     try:
         import nvidia.dali as dali
@@ -555,17 +574,16 @@ def _to_device(node: Any, device: torch.device) -> Any:
 
 def _per_image_pipeline(dali: ModuleType, batch_size: int, device: torch.device) -> Any:
     return dali.Pipeline(
-        batch_size=batch_size, num_threads=parallel.cores(), device_id=_device_id(device), prefetch_queue_depth=2
+        batch_size=batch_size, num_threads=parallel.cores(), device_id=_device_id(device), prefetch_queue_depth=QUEUE
     )
 
 
-def _decoder(fn: ModuleType, types: ModuleType, encoded: Any, device: torch.device) -> Any:
-    """RGB, uint8 HWC. EXIF orientation is left alone, as Pillow and so the baseline do."""
-    options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
-    if device.type != "cuda":
-        return fn.decoders.image(encoded, device="cpu", **options)
-    # All to the hardware decoder where there is one (elsewhere the load is ignored): the other cores are for training.
-    return fn.decoders.image(encoded, device="mixed", hw_decoder_load=1.0, **options)
+def _decoder(fn: ModuleType, types: ModuleType, encoded: Any) -> Any:
+    """RGB, uint8 HWC. EXIF orientation is left alone, as Pillow and so the baseline do.
+
+    By the host's cores: what decodes on a GPU waits for its multiprocessors while a network trains there.
+    """
+    return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
