@@ -145,7 +145,8 @@ class BlockClock:
 
     def _mark(self) -> None:
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            # blocking: who waits for it leaves its core to the loader's threads
+            event = torch.cuda.Event(enable_timing=True, blocking=True)
             event.record()
             self._marks.append(event)
         else:

@@ -42,7 +42,7 @@ def dali() -> str:
         (image,) = decode([path], device())
     if image.shape != (side, side, 3) or abs(int(image.min()) - grey) > 2 or abs(int(image.max()) - grey) > 2:
         raise RuntimeError(f"a grey image was decoded to {[*image.shape]}, {image.min()} to {image.max()}")
-    return f"a pipeline decoded an image and brought it to the {place()}"
+    return f"a pipeline decoded an image on the {place()}"
 
 
 def graphs() -> str:

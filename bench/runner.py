@@ -57,6 +57,9 @@ CHILD_ENVIRONMENT = {
 # 94,000 to 324,000 page faults in 4 s instead of 100 to 3,600, a step took 7 % longer, and steps of one process spread
 # by 1.7 instead of 0.7 %.
 CPU_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
+# And one that trains on a GPU: more queues to it than CUDA's 8. A loader has streams of its own, and two streams in one
+# queue wait for each other: resnet50-transfer trained on 15,900 images/s with 8 and on 17,500 with 32.
+GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
 Event = dict[str, Any]
 Listen = Callable[[Event], None]
@@ -146,12 +149,12 @@ def cache_home() -> Path:
 
 
 def child_environment(*, on_cpu: bool = False) -> dict[str, str]:
-    """The user's own environment, and where it says nothing else `CHILD_ENVIRONMENT`, `on_cpu` `CPU_ENVIRONMENT` too.
+    """The user's own environment, and where it says nothing else what a child on a GPU has, or one `on_cpu`.
 
     Where Python is not to keep its bytecode beside the sources, as in many containers, a child keeps it in the cache:
     torch and its compiler are three thousand modules, whose compilation took 8 of the 12 s of each start on two cores.
     """
-    environment = CHILD_ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else {}) | os.environ
+    environment = CHILD_ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else GPU_ENVIRONMENT) | os.environ
     if environment.pop("PYTHONDONTWRITEBYTECODE", ""):
         environment.setdefault("PYTHONPYCACHEPREFIX", str(cache_home() / "bytecode"))
     return environment

@@ -1,6 +1,7 @@
 """DALI's loaders beyond the common rules of test_loader.py: super-batches, augmentation, broken files."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,24 @@ def test_an_epochs_first_batches_are_made_behind_the_last_ones_before(
     assert next(loader.epoch()).labels.tolist() == expected[2][0]  # that one was left half-way
     assert len(made) == len(expected[0]) + 2
     assert [batch.labels.tolist() for batch in loader.epoch()] == expected[3]
+
+
+@pytest.mark.parametrize("kind", ["resident", "streamed", "jpegs"])
+def test_what_an_epoch_brings_is_drawn_within_it(
+    noise: np.ndarray, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """DALI's first run, when a loader is made, is of blanks: it saves the first epoch none of its own work."""
+    if kind == "streamed":
+        stream(monkeypatch, 20)
+    drawn = []
+    original = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or original(seed))
+    loader = jpegs(photographs) if kind == "jpegs" else arrays(noise)
+    time.sleep(0.2)  # whatever a thread would do
+    assert drawn == []
+    next(loader.epoch())
+    assert drawn[0] == (0, 0)
+    loader.close()
 
 
 @pytest.mark.parametrize("train", [True, False])
