@@ -247,6 +247,32 @@ def test_an_overtaken_epoch_cannot_go_on(noise: np.ndarray, monkeypatch: pytest.
     assert [got, [batch.labels.tolist() for batch in loader.epoch()]] == expected
 
 
+def test_an_older_epoch_begun_late_leaves_the_newer_one_what_is_its(noise: np.ndarray) -> None:
+    (_, expected, _) = [[batch.labels.tolist() for batch in epoch] for epoch in three_epochs(arrays(noise))]
+    loader = arrays(noise)
+    first, second = loader.epoch(), loader.epoch()
+    got = [next(second).labels.tolist()]
+    with pytest.raises(RuntimeError, match="later one"):
+        next(first)
+    assert got + [batch.labels.tolist() for batch in second] == expected
+
+
+def test_an_epoch_of_jpegs_left_half_way_disturbs_no_later_one(photographs: list[Path]) -> None:
+    """What had arrived for it is passed over; DALI never has more than its queue, and in the end one fewer is ready."""
+    apart = jpegs(photographs, batch_size=2)
+    expected = [[batch.labels.tolist() for batch in apart.epoch()] for _ in range(4)]
+    loader = jpegs(photographs, batch_size=2)
+    assert [batch.labels.tolist() for batch in loader.epoch()] == expected[0]
+    assert next(loader.epoch()).labels.tolist() == expected[1][0]
+    for epoch in (2, 3):
+        got = []
+        for batch in loader.epoch():
+            got.append(batch.labels.tolist())
+            assert loader._begun + len(loader._arrived) <= dali.JPEG_QUEUE  # type: ignore[attr-defined]
+        assert got == expected[epoch]
+        assert 1 + len(loader._arrived) == dali.JPEG_QUEUE - 1  # type: ignore[attr-defined]
+
+
 def three_epochs(loader: Loader) -> list:
     return [list(loader.epoch()) for _ in range(3)]
 

@@ -568,6 +568,14 @@ print(faults() - before)
     return int(done.stdout)
 
 
+def test_children_on_a_gpu_have_more_queues_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    assert runner.child_environment()["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in runner.child_environment(on_cpu=True)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    assert runner.child_environment()["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"  # the user's own counts
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_what_is_freed_on_a_cpu_stays_with_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
