@@ -99,7 +99,7 @@ def test_an_epochs_first_batches_are_made_behind_the_last_ones_before(
 def test_what_an_epoch_brings_is_drawn_within_it(
     noise: np.ndarray, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """DALI's first run, when a loader is made, is of blanks: it saves the first epoch none of its own work."""
+    """DALI's first run, when a loader is made, is a rehearsal: it saves the first epoch none of its own work."""
     if kind == "streamed":
         stream(monkeypatch, 20)
     drawn = []

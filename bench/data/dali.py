@@ -102,16 +102,19 @@ def array_loader(
     )
     # Numbers travel in no time: with a queue of two, the first epoch would wait for those of the second one too.
     depth = 1 if resident else 2
-    blanks: Iterator[tuple[np.ndarray, ...]] = itertools.repeat(
-        (np.zeros((1, size), np.int64), np.zeros((1, size, 2), np.int32), np.zeros((1, size), np.uint8)), depth
+    rehearsal: tuple[np.ndarray, ...] = (
+        np.zeros((1, size), np.int64),
+        np.zeros((1, size, 2), np.int32),
+        np.zeros((1, size), np.uint8),
     )
     dali, fn, types = import_dali()
     dtypes, ndims = [types.INT64, types.INT32, types.UINT8], [1, 2, 1]
     if not resident:
         whole = np.ascontiguousarray(images)  # of a strided view np.take would make this copy at every call
-        blanks, orders = (_gathered(each, whole, known) for each in (blanks, orders))
+        rehearsal = next(_gathered(iter([rehearsal]), whole, known))
+        orders = _gathered(orders, whole, known)
         dtypes, ndims = [types.UINT8, *dtypes], [4, *ndims]
-    source = _in_turn(blanks, orders if resident else _ahead(orders))
+    source = _rehearsed(rehearsal, depth, orders if resident else _ahead(orders))
     pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=_device_id(device), prefetch_queue_depth=depth)
     with pipeline:
         outputs = fn.external_source(source, num_outputs=len(dtypes), dtype=dtypes, ndim=ndims)
@@ -197,7 +200,7 @@ def jpeg_loader(
         shuffle=train,
         share=share,
     )
-    source = _in_turn(itertools.repeat(rehearsal, JPEG_QUEUE), batches_of_files)
+    source = _rehearsed(rehearsal, JPEG_QUEUE, batches_of_files)
     pipeline = _per_image_pipeline(dali, batch_size, device, JPEG_QUEUE)
     with pipeline:
         outputs = 3 if warped else 2
@@ -550,10 +553,10 @@ def _ahead(items: Iterator[T]) -> Generator[T, None, None]:
             yield item
 
 
-def _in_turn(*sources: Iterator[T]) -> Generator[T, None, None]:
-    """The items of one source after the other; closing it closes the one that it has come to."""
-    for source in sources:
-        yield from source
+def _rehearsed(rehearsal: T, depth: int, items: Iterator[T]) -> Generator[T, None, None]:
+    """`rehearsal` for each iteration of DALI's first run, then `items`, which end with this once they have begun."""
+    yield from itertools.repeat(rehearsal, depth)
+    yield from items
 
 
 def import_dali() -> tuple[ModuleType, ModuleType, ModuleType]:
