@@ -25,7 +25,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("little")
 def test_a_cpus_ceilings_are_plausible_and_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "cpu_features", lambda: {"avx512_bf16"})
+    monkeypatch.setattr(tuning, "cpu_features", lambda: {"amx_bf16"})
     first, second = ceilings.measure(CPU), ceilings.measure(CPU)
     assert set(first) == {
         "measured_utc",
@@ -49,7 +49,7 @@ def test_a_cpus_ceilings_are_plausible_and_come_again(monkeypatch: pytest.Monkey
 
 
 def test_rates_are_worked_out_as_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "cpu_features", lambda: {"avx512_bf16"})
+    monkeypatch.setattr(tuning, "cpu_features", lambda: {"amx_bf16"})
     monkeypatch.setattr(ceilings, "time_product", lambda size, precision, *_: {"bf16": 0.002, "fp32": 0.01}[precision])
     monkeypatch.setattr(ceilings, "time_copy", lambda size, device: 0.1)
     monkeypatch.setattr(ceilings, "copy_size", lambda device: 1 << 30)

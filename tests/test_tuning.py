@@ -30,7 +30,8 @@ def test_precision_is_decided_by_capability(capability: Capability, expected: st
 @pytest.mark.parametrize(
     ("cpuinfo", "expected"),
     [
-        ("model name\t: Xeon\nflags\t\t: fpu avx512f avx512_bf16 amx_tile\n", "bf16"),
+        ("model name\t: Xeon\nflags\t\t: fpu avx512f avx512_bf16 amx_tile amx_bf16\n", "bf16"),
+        ("model name\t: Xeon\nflags\t\t: fpu avx512f avx512_bf16\n", "fp32"),
         ("model name\t: EPYC\nflags\t\t: fpu avx2 avx512f\n", "fp32"),
         ("processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n", "bf16"),
         (None, "fp32"),
