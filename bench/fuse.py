@@ -1,6 +1,7 @@
 """Puts the kernels into a network, in place of its own layers where a kernel does their work."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -17,6 +18,7 @@ Function = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of images, weigh
 
 FEW = 4  # channels on one side of a convolution, up to which patches make a better matrix than images
 ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.ELU: "elu"}
+LEAK = first_layer.LEAK.value
 
 
 class Replacement(nn.Module):
@@ -34,8 +36,11 @@ class Replacement(nn.Module):
 class FusedNorm(nn.BatchNorm2d):
     """Batch norm with its activation and pooling, in one; has its parameters and buffers by their names.
 
+    A batch is normalised in `groups` equal parts, each by itself, as if they came one after the other.
     `num_batches_tracked` stays as it is.
     """
+
+    groups = 1
 
     def __init__(self, norm: nn.BatchNorm2d, slope: float | None, pool: bool) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum)
@@ -49,14 +54,15 @@ class FusedNorm(nn.BatchNorm2d):
             normed = super().forward(F.max_pool2d(images, 2) if self._pool else images)
             return F.silu(normed) if self._slope is None else F.leaky_relu(normed, self._slope)
         active, mean, variance = batch_norm.batch_norm(
-            images, self.weight, self.bias, self.eps, self._slope, self._pool
+            images, self.weight, self.bias, self.eps, self._slope, self._pool, self.groups
         )
-        count = active.numel() // active.shape[1]
+        count = active.numel() // active.shape[1] // self.groups
         with torch.no_grad():
             for running, new in ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1)))):
                 assert running is not None
                 assert self.momentum is not None
-                running.lerp_(new, self.momentum)
+                for of_group in new:
+                    running.lerp_(of_group, self.momentum)
         return active
 
 
@@ -82,6 +88,21 @@ def fuse(network: nn.Module, dtype: torch.dtype) -> None:
                 layers[behind] = nn.Identity()
 
 
+def in_groups(network: nn.Module, groups: int) -> nn.Module | None:
+    """A fused `network`, with the same parameters and buffers, for that many equal batches, one behind the other.
+
+    It does to them at once what `network` would do one by one. None where a batch norm is none of the kernels'.
+    """
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    copy = deepcopy(network, shared)
+    for module in copy.modules():
+        if isinstance(module, FusedNorm):
+            module.groups = groups
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return None
+    return copy
+
+
 def _fuse_norms(layers: nn.Sequential) -> None:
     modules = list(layers)
     for place, norm in enumerate(modules[:-1]):
@@ -104,31 +125,56 @@ def _replacement(conv: Convolution, behind: list[nn.Module], dtype: torch.dtype)
         return partial(few_channels.conv, padding=padding, relu=True, transposed=transposed), 1
 
     square = len(set(conv.kernel_size)) == 1
-    if transposed:
-        extra = conv.output_padding[0]
-        convolve = partial(patches.conv_transpose, stride=stride, padding=padding, output_padding=extra)
-        return (convolve, 0) if square and conv.out_channels <= FEW else None
-    by_patches = square and conv.in_channels <= FEW
-    convolve = partial(patches.conv if by_patches else F.conv2d, stride=stride, padding=padding)
     dot = dtype is not torch.float16  # which is for cards whose tensor cores Triton does not have
+    if transposed:
+        if not square or conv.out_channels > FEW:
+            return None
+        convolve = first_layer.conv_transpose if dot and first_layer.takes(conv.weight) else patches.conv_transpose
+        return partial(convolve, stride=stride, padding=padding, output_padding=conv.output_padding[0]), 0
+    by_patches = square and conv.in_channels <= FEW
+    plain = partial(patches.conv if by_patches else F.conv2d, stride=stride, padding=padding)
     pooling = len(behind) > 1 and _is_halving(behind[1])
     biased = activation == "relu" and stride == 1 and conv.bias is not None
     if biased and pooling and dot and pooled_conv.takes(conv.weight, padding):
         return partial(_pooled_conv, dtype=dtype, padding=padding), 2
     if activation is not None and conv.bias is not None and pooling:
-        return partial(_pooled, convolve=convolve, activation=activation), 2
+        return partial(_pooled, convolve=plain, activation=activation), 2
     if behind and _is_halving(behind[0]):
-        return partial(_pooled, convolve=convolve, activation=None), 1
-    learning = activation is not None and conv.bias is not None
-    fixed = behind and isinstance(behind[0], nn.SiLU) and not conv.weight.requires_grad
-    if (learning or fixed) and by_patches and dot and first_layer.takes(conv.weight):
-        return partial(_first, dtype=dtype, stride=stride, padding=padding, activation=activation or "silu"), 1
-    return (convolve, 0) if by_patches else None
+        return partial(_pooled, convolve=plain, activation=None), 1
+    name = _activation_of_first(conv, behind)
+    if name is not None and by_patches and dot and first_layer.takes(conv.weight):
+        return partial(_first, dtype=dtype, stride=stride, padding=padding, activation=name), 1
+    if conv.out_channels == 1 and padding == 0:
+        return partial(_conv_to_one, stride=stride), 0
+    return (plain, 0) if by_patches else None
+
+
+def _activation_of_first(conv: Convolution, behind: list[nn.Module]) -> str | None:
+    """What `first_layer` calls the activation behind `conv`, where it computes both at once."""
+    if not behind:
+        return None
+    if isinstance(behind[0], nn.SiLU):
+        return None if conv.weight.requires_grad else "silu"
+    if isinstance(behind[0], nn.LeakyReLU):
+        return "leaky_relu" if behind[0].negative_slope == LEAK else None
+    return ACTIVATIONS.get(type(behind[0])) if getattr(behind[0], "alpha", 1.0) == 1.0 else None
+
+
+def _conv_to_one(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """A convolution to one channel. Where the kernel is as large as the images, they are weighed and summed up.
+
+    That passes over them once; cuDNN takes several passes and transposes (H200: 20 µs and 40 back for 4 MB).
+    """
+    if images.shape[2:] != weight.shape[2:]:
+        return F.conv2d(images, weight, bias, stride)
+    wide = torch.promote_types(images.dtype, torch.float32)
+    total = (images.to(wide) * weight.to(images.dtype).to(wide)).sum((1, 2, 3))
+    if bias is not None:
+        total = total + bias
+    return total.to(images.dtype)[:, None, None, None]
 
 
 def _first(images: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **options: Any) -> Tensor:
-    if bias is None:
-        bias = weight.new_zeros(len(weight))
     return first_layer.conv(images.to(dtype), weight, bias, **options)  # autocast does not know the kernel
 
 

@@ -10,8 +10,10 @@ from torch import nn
 
 from ..models.dcgan import LATENT
 from . import parallel
+from .adam import MasterAdam, keep_large_in
 from .basis import Coordinates
 from .capture import Captured
+from .fuse import in_groups
 from .muon import Muon
 from .tuning import Tuning
 from .workloads import OpenRecipe, Recipe, Workload
@@ -35,6 +37,8 @@ class Player:
     def __init__(self, network: nn.Module, recipe: Recipe, tuning: Tuning, device: torch.device, steps: int) -> None:
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._coordinates = Coordinates(self.parameters, tuning.compile) if recipe.basis == "frequencies" else None
+        if tuning.kernels and tuning.precision == "bf16" and recipe.optimizer == "adam":
+            keep_large_in(torch.bfloat16, self.parameters)
         trained = self.parameters if self._coordinates is None else self._coordinates.trained
         self.optimizer = make_optimizer(trained, recipe, tuning)
         self.scaler = torch.amp.GradScaler(device.type, enabled=tuning.precision == "fp16")
@@ -59,6 +63,8 @@ class Player:
                     value.zero_()
         if self._coordinates is not None:
             self._coordinates.read()
+        if isinstance(self.optimizer, MasterAdam):
+            self.optimizer.read()
         self.scaler.load_state_dict(self._new_scaler)
         self._done.zero_()
 
@@ -118,7 +124,10 @@ def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tunin
         return torch.optim.RMSprop(parameters, alpha=0.9, capturable=tuning.capture, **common)
     common["fused"] = tuning.fused_optimizer or None
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, betas=(recipe.momentum, 0.999), capturable=tuning.capture, **common)
+        common |= {"betas": (recipe.momentum, 0.999), "capturable": tuning.capture}
+        if any(parameter.dtype is torch.bfloat16 for parameter in parameters):
+            return MasterAdam(parameters, tuning.compile, **common)
+        return torch.optim.Adam(parameters, **common)
     sgd = torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
     if tuning.fused_optimizer and recipe.momentum:
         # torch 2.11 leaves the buffers of a fused first step unwritten when the scaler skips that step, as it does with
@@ -245,6 +254,8 @@ def _adversarial_step(
     generator_player = Player(generator, workload.recipe, tuning, device, steps)
     discriminator_player = Player(discriminator, workload.recipe, tuning, device, steps)
     half = DTYPES[tuning.precision]
+    # What is real and what is not as two batches at once: larger products, and one gradient instead of a sum of two.
+    of_both = in_groups(discriminator, 2) if tuning.kernels else None
 
     def bce(logits: torch.Tensor, label: float) -> torch.Tensor:
         return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, label, dtype=torch.float32))
@@ -253,8 +264,9 @@ def _adversarial_step(
         return parallel.adding_up(generator, half)(noise)
 
     def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-        judge = parallel.adding_up(discriminator, half)
-        return bce(judge(real), REAL_LABEL) + bce(judge(fake), 0.0)
+        judge = parallel.adding_up(discriminator if of_both is None else of_both, half)
+        on_real, on_fake = (judge(real), judge(fake)) if of_both is None else judge(torch.cat([real, fake])).chunk(2)
+        return bce(on_real, REAL_LABEL) + bce(on_fake, 0.0)
 
     def generator_loss(fake: torch.Tensor) -> torch.Tensor:
         # detached weights: the discriminator's weight gradients, which nobody would use, are not computed

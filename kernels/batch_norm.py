@@ -6,6 +6,9 @@ over the windows where there was pooling. What is computed again instead of stor
 
 Sums are of values and of their squares, in fp32: for activations, whose mean is not large against their spread.
 
+A batch may be several of the same size, its groups, one behind the other: each is normalised by itself, and what else
+is computed with it is computed at once.
+
 Shapes: images [B, C, H, W], channels last, C a multiple of CHANNELS; pooled [B, C, H/2, W/2], rounded down: an odd last
 row or column belongs to no window. Bytes moved in a 16-bit type, for each element of images, forward and back: 6 and 10
 without pooling, with it 2 + ¼ · 7 and 2 + ¼ · 9.
@@ -19,21 +22,28 @@ from torch import Tensor
 
 CHANNELS = 64  # of a program's block
 # By pass, pixels of a program's block and its warps, as an H200 likes them.
-BLOCKS = {"sums": (32, 8), "activated": (32, 4), "gradient_sums": (64, 4), "gradient": (32, 8)}
+BLOCKS = {
+    "sums": (64, 2),
+    "pooled_sums": (32, 8),
+    "activated": (32, 4),
+    "gradient_sums": (64, 4),
+    "gradient": (16, 2),
+}
 PROGRAMS = 528  # of the sums, about: four on each multiprocessor of an H200
 
 
 def batch_norm_reference(
-    images: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float | None, pool: bool
+    images: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float | None, pool: bool, groups: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In plain PyTorch: the activated values, of the images' type, and each channel's mean and variance, [C].
+    """In plain PyTorch: the activated values, of the images' type, and each channel's means and variances, [groups, C].
 
     Those two are of the type of `weight` and `bias`, fp32 or fp64 [C], and not differentiable. slope: of leaky ReLU
     below zero; None: SiLU. pool: pooled 2×2 before all of it.
     """
-    pooled = F.max_pool2d(images, 2) if pool else images
-    variance, mean = torch.var_mean(pooled.detach().to(weight.dtype), (0, 2, 3), correction=0)
-    normed = F.batch_norm(pooled, None, None, weight, bias, training=True, eps=eps)
+    parts = (F.max_pool2d(images, 2) if pool else images).chunk(groups)
+    found = [torch.var_mean(part.detach().to(weight.dtype), (0, 2, 3), correction=0) for part in parts]
+    variance, mean = (torch.stack(values) for values in zip(*found, strict=True))
+    normed = torch.cat([F.batch_norm(part, None, None, weight, bias, training=True, eps=eps) for part in parts])
     return F.silu(normed) if slope is None else F.leaky_relu(normed, slope), mean, variance
 
 
@@ -52,6 +62,12 @@ def _corner(window, IN_HEIGHT: tl.constexpr, IN_WIDTH: tl.constexpr, HEIGHT: tl.
 
 
 @triton.jit
+def _group(pixels, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OF_HEIGHT: tl.constexpr, OF_WIDTH: tl.constexpr):
+    """Of a program's group of `pixels`, numbered over [b, OF_HEIGHT, OF_WIDTH]: where its [b, HEIGHT, WIDTH] begin."""
+    return tl.program_id(2).to(tl.int64) * (pixels // (OF_HEIGHT * OF_WIDTH)) * (HEIGHT * WIDTH)
+
+
+@triton.jit
 def sums_kernel(
     images,
     pooled,
@@ -66,12 +82,19 @@ def sums_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Programs: parts of the pixels × blocks of channels. partial: fp32 [parts, 2, C], values' and squares' sums.
+    """Programs: parts of the pixels × blocks of channels × groups. partial: fp32 [parts, groups, 2, C], of values and
+    squares.
 
     With POOL also pooled and place [pixels, C], the pixel of each window that is the largest; what is no number counts
-    as larger. pixels: those that are normalised. The parts are summed up later, in one order.
+    as larger. pixels: those of a group that are normalised. The parts are summed up later, in one order.
     """
     part = tl.program_id(0)
+    if POOL:
+        images += _group(pixels, IN_HEIGHT, IN_WIDTH, IN_HEIGHT // 2, IN_WIDTH // 2) * C
+        pooled += tl.program_id(2).to(tl.int64) * pixels * C
+        place += tl.program_id(2).to(tl.int64) * pixels * C
+    else:
+        images += tl.program_id(2).to(tl.int64) * pixels * C
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     squares = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -96,7 +119,7 @@ def sums_kernel(
             values = tl.load(images + at, mask=there, other=0.0).to(tl.float32)
         total += values
         squares += values * values
-    at = partial + part * 2 * C + c
+    at = partial + (part * tl.num_programs(2) + tl.program_id(2)) * 2 * C + c
     tl.store(at, tl.sum(total, 0))
     tl.store(at + C, tl.sum(squares, 0))
 
@@ -113,8 +136,14 @@ def activated_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Programs: blocks of pixels × blocks of channels. out [pixels, C]: activation of pooled · scale + shift."""
+    """Programs: blocks of pixels × blocks of channels × groups. out [pixels, C]: activation of pooled · scale + shift.
+
+    scale, shift: fp32 [groups, C].
+    """
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    group = tl.program_id(2).to(tl.int64)
+    pooled, out = pooled + group * pixels * C, out + group * pixels * C
+    scale, shift = scale + group * C, shift + group * C
     pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = pixel.to(tl.int64)[:, None] * C + c[None, :]
     there = (pixel < pixels)[:, None]
@@ -152,6 +181,9 @@ def gradient_sums_kernel(
 ):
     """Programs and partial as in `sums_kernel`: sums of normalised values' gradients, and of those times values."""
     part = tl.program_id(0)
+    group = tl.program_id(2).to(tl.int64)
+    gradient, pooled = gradient + group * pixels * C, pooled + group * pixels * C
+    scale, shift = scale + group * C, shift + group * C
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     by, plus = tl.load(scale + c), tl.load(shift + c)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -165,7 +197,7 @@ def gradient_sums_kernel(
         back = _back(coming, values, by, plus, SLOPE)
         total += back
         products += back * values
-    at = partial + part * 2 * C + c
+    at = partial + (part * tl.num_programs(2) + tl.program_id(2)) * 2 * C + c
     tl.store(at, tl.sum(total, 0))
     tl.store(at + C, tl.sum(products, 0))
 
@@ -177,7 +209,8 @@ def gradient_kernel(
     place,
     scale,
     shift,
-    factors,
+    of_value,
+    of_one,
     out,
     windows,
     C: tl.constexpr,
@@ -188,15 +221,19 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Programs: blocks of windows × blocks of channels. out: the gradient of the images.
+    """Programs: blocks of windows × blocks of channels × groups. out: the gradient of the images.
 
-    factors: fp32 [3, C], by which it is made of normalised values' gradient, of the values and of one. With POOL the
-    windows are numbered over [B, H/2, W/2], rounded up; those at the border that no pixel of `pooled` is of get zeros.
+    scale, of_value, of_one: fp32 [groups, C], by which it is made of normalised values' gradient, of the values and of
+    one. With POOL a group's windows are numbered over [b, H/2, W/2], rounded up; those at the border that no pixel of
+    `pooled` is of get zeros.
     """
+    group = tl.program_id(2).to(tl.int64)
+    scale, shift = scale + group * C, shift + group * C
+    of_value, of_one = of_value + group * C, of_one + group * C
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     window = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     by, plus = tl.load(scale + c), tl.load(shift + c)
-    of_back, of_value, of_one = tl.load(factors + c), tl.load(factors + C + c), tl.load(factors + 2 * C + c)
+    for_value, for_one = tl.load(of_value + c), tl.load(of_one + c)
     there = window < windows
     if POOL:
         HEIGHT: tl.constexpr = IN_HEIGHT // 2
@@ -204,14 +241,20 @@ def gradient_kernel(
         y, x, corner = _corner(window, IN_HEIGHT, IN_WIDTH, (IN_HEIGHT + 1) // 2, (IN_WIDTH + 1) // 2)
         whole = (there & (y < HEIGHT) & (x < WIDTH))[:, None]
         pixel = (window // (((IN_HEIGHT + 1) // 2) * ((IN_WIDTH + 1) // 2)) * HEIGHT + y) * WIDTH + x
+        before = _group(windows, HEIGHT, WIDTH, (IN_HEIGHT + 1) // 2, (IN_WIDTH + 1) // 2) * C
+        out += _group(windows, IN_HEIGHT, IN_WIDTH, (IN_HEIGHT + 1) // 2, (IN_WIDTH + 1) // 2) * C
+        place += before
     else:
         whole = there[:, None]
         pixel = window
+        before = group * windows * C
+        out += before
+    gradient, pooled = gradient + before, pooled + before
     at = pixel.to(tl.int64)[:, None] * C + c[None, :]
     values = tl.load(pooled + at, mask=whole, other=0.0).to(tl.float32)
     coming = tl.load(gradient + at, mask=whole, other=0.0).to(tl.float32)
     back = _back(coming, values, by, plus, SLOPE)
-    result = back * of_back[None, :] + values * of_value[None, :] + of_one[None, :]
+    result = back * by[None, :] + values * for_value[None, :] + for_one[None, :]
     result = result.to(out.dtype.element_ty)
     if POOL:
         largest = tl.where(whole, tl.load(place + at, mask=whole, other=0), 4)
@@ -227,35 +270,39 @@ def gradient_kernel(
 Forward = tuple[Tensor, Tensor, Tensor]  # pooled images, which of each window's pixels was the largest, sums by part
 
 
-def sums_triton(images: Tensor, pool: bool) -> Forward:
+def sums_triton(images: Tensor, pool: bool, groups: int) -> Forward:
     """The first pass forward. Without `pool`, the pooled images and the places are empty."""
-    empty = _empty_forward(images, pool)
+    empty = _empty_forward(images, pool, groups)
     shape = (empty[0] if pool else images).shape
-    turns, parts = _turns_and_parts("sums", _pixels(shape), shape[1])
+    pixels = _pixels(shape, groups)
+    kernel = "pooled_sums" if pool else "sums"
+    turns, parts = _turns_and_parts(kernel, pixels, shape[1], groups)
     with torch.cuda.device_of(images):
-        sums_kernel[(parts, shape[1] // CHANNELS)](
-            images, *empty, _pixels(shape), **_size(images.shape), POOL=pool, TURNS=turns, **_block("sums")
+        sums_kernel[(parts, shape[1] // CHANNELS, groups)](
+            images, *empty, pixels, **_size(images.shape), POOL=pool, TURNS=turns, **_block(kernel)
         )
     return empty
 
 
 def activated_triton(pooled: Tensor, scale: Tensor, shift: Tensor, slope: float | None) -> Tensor:
-    """The second pass forward. scale, shift: fp32 [C]."""
-    out, pixels, channels = torch.empty_like(pooled), _pixels(pooled.shape), pooled.shape[1]
+    """The second pass forward. scale, shift: fp32 [groups, C]."""
+    groups, channels = scale.shape
+    out, pixels = torch.empty_like(pooled), _pixels(pooled.shape, groups)
     with torch.cuda.device_of(pooled):
-        activated_kernel[_programs("activated", pixels, channels)](
+        activated_kernel[(*_programs("activated", pixels, channels), groups)](
             pooled, scale, shift, out, pixels, C=channels, SLOPE=slope, **_block("activated")
         )
     return out
 
 
 def gradient_sums_triton(gradient: Tensor, pooled: Tensor, scale: Tensor, shift: Tensor, slope: float | None) -> Tensor:
-    """The first pass back: fp32 [parts, 2, C], the sums of normalised values' gradients and of those times `pooled`."""
-    pixels, channels = _pixels(pooled.shape), pooled.shape[1]
-    turns, parts = _turns_and_parts("gradient_sums", pixels, channels)
-    partial = pooled.new_empty(parts, 2, channels, dtype=torch.float32)
+    """The first pass back: fp32 [parts, groups, 2, C], of normalised values' gradients and of those times `pooled`."""
+    groups, channels = scale.shape
+    pixels = _pixels(pooled.shape, groups)
+    turns, _ = _turns_and_parts("gradient_sums", pixels, channels, groups)
+    partial = _empty_partial("gradient_sums", pooled, groups)
     with torch.cuda.device_of(pooled):
-        gradient_sums_kernel[(parts, channels // CHANNELS)](
+        gradient_sums_kernel[(len(partial), channels // CHANNELS, groups)](
             gradient,
             pooled,
             scale,
@@ -278,21 +325,24 @@ def gradient_triton(
     width: int,
     scale: Tensor,
     shift: Tensor,
-    factors: Tensor,
+    of_value: Tensor,
+    of_one: Tensor,
     slope: float | None,
 ) -> Tensor:
     """The second pass back: the gradient of the images, of `height` and `width`. place: None without pooling."""
     out = _empty_images(pooled, height, width)
+    groups, channels = scale.shape
     halves = 1 if place is None else 2
-    windows = len(pooled) * -(-height // halves) * -(-width // halves)
+    windows = len(pooled) // groups * -(-height // halves) * -(-width // halves)
     with torch.cuda.device_of(pooled):
-        gradient_kernel[_programs("gradient", windows, pooled.shape[1])](
+        gradient_kernel[(*_programs("gradient", windows, channels), groups)](
             gradient,
             pooled,
             place,
             scale,
             shift,
-            factors,
+            of_value,
+            of_one,
             out,
             windows,
             **_size(out.shape),
@@ -312,42 +362,47 @@ def _block(kernel: str) -> dict[str, int]:
     return {"ROWS": rows, "CHANNELS": CHANNELS, "num_warps": warps}
 
 
-def _pixels(shape: torch.Size) -> int:
-    return shape[0] * shape[2] * shape[3]
+def _pixels(shape: torch.Size, groups: int) -> int:
+    """Of a group."""
+    return shape[0] // groups * shape[2] * shape[3]
 
 
 def _programs(kernel: str, pixels: int, channels: int) -> tuple[int, int]:
     return triton.cdiv(pixels, BLOCKS[kernel][0]), channels // CHANNELS
 
 
-def _turns_and_parts(kernel: str, pixels: int, channels: int) -> tuple[int, int]:
-    """How many blocks of pixels each program sums up, and into how many parts the pixels are cut."""
+def _turns_and_parts(kernel: str, pixels: int, channels: int, groups: int) -> tuple[int, int]:
+    """How many blocks of pixels each program sums up, and into how many parts a group's pixels are cut."""
     blocks, of_channels = _programs(kernel, pixels, channels)
-    turns = triton.cdiv(blocks * of_channels, PROGRAMS)
+    turns = triton.cdiv(blocks * of_channels * groups, PROGRAMS)
     return turns, triton.cdiv(blocks, turns)
+
+
+def _empty_partial(kernel: str, values: Tensor, groups: int) -> Tensor:
+    channels = values.shape[1]
+    _, parts = _turns_and_parts(kernel, _pixels(values.shape, groups), channels, groups)
+    return values.new_empty(parts, groups, 2, channels, dtype=torch.float32)
 
 
 def _empty_images(like: Tensor, height: int, width: int) -> Tensor:
     return like.new_empty(len(like), height, width, like.shape[1]).permute(0, 3, 1, 2)
 
 
-def _empty_forward(images: Tensor, pool: bool) -> Forward:
-    b, c, height, width = images.shape
+def _empty_forward(images: Tensor, pool: bool, groups: int) -> Forward:
+    height, width = images.shape[2:]
     pooled = _empty_images(images, height // 2, width // 2) if pool else images.new_empty(0)
-    pixels = b * (height // 2) * (width // 2) if pool else b * height * width
-    _, parts = _turns_and_parts("sums", pixels, c)
     place = torch.empty_like(pooled, dtype=torch.uint8)
-    return pooled, place, images.new_empty(parts, 2, c, dtype=torch.float32)
+    return pooled, place, _empty_partial(*("pooled_sums", pooled) if pool else ("sums", images), groups)
 
 
 @torch.library.custom_op("netdyno::batch_norm_sums", mutates_args=())
-def _sums(images: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return sums_triton(images, pool)
+def _sums(images: Tensor, pool: bool, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    return sums_triton(images, pool, groups)
 
 
 @_sums.register_fake
-def _(images: Tensor, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_forward(images, pool)
+def _(images: Tensor, pool: bool, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_forward(images, pool, groups)
 
 
 @torch.library.custom_op("netdyno::batch_norm_activated", mutates_args=())
@@ -367,8 +422,7 @@ def _gradient_sums(gradient: Tensor, pooled: Tensor, scale: Tensor, shift: Tenso
 
 @_gradient_sums.register_fake
 def _(gradient: Tensor, pooled: Tensor, scale: Tensor, shift: Tensor, slope: float | None) -> Tensor:
-    _, parts = _turns_and_parts("gradient_sums", _pixels(pooled.shape), pooled.shape[1])
-    return pooled.new_empty(parts, 2, pooled.shape[1], dtype=torch.float32)
+    return _empty_partial("gradient_sums", pooled, len(scale))
 
 
 @torch.library.custom_op("netdyno::batch_norm_gradient", mutates_args=())
@@ -380,10 +434,11 @@ def _gradient(
     width: int,
     scale: Tensor,
     shift: Tensor,
-    factors: Tensor,
+    of_value: Tensor,
+    of_one: Tensor,
     slope: float | None,
 ) -> Tensor:
-    return gradient_triton(gradient, pooled, place, height, width, scale, shift, factors, slope)
+    return gradient_triton(gradient, pooled, place, height, width, scale, shift, of_value, of_one, slope)
 
 
 @_gradient.register_fake
@@ -395,7 +450,8 @@ def _(
     width: int,
     scale: Tensor,
     shift: Tensor,
-    factors: Tensor,
+    of_value: Tensor,
+    of_one: Tensor,
     slope: float | None,
 ) -> Tensor:
     return _empty_images(pooled, height, width)
@@ -404,12 +460,13 @@ def _(
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, images: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float | None, pool: bool
+        ctx, images: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float | None, pool: bool, groups: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        pooled, place, partial = _sums(images, pool)
+        pooled, place, partial = _sums(images, pool, groups)
         if not pool:
             pooled = images
-        mean, mean_square = partial.sum(0) / _pixels(pooled.shape)
+        # Each sum by itself, not both at once: the compiler makes one kernel of them and of what comes of them.
+        mean, mean_square = (partial[:, :, number].sum(0) / _pixels(pooled.shape, groups) for number in range(2))
         variance = (mean_square - mean**2).clamp_min(0)
         scale = torch.rsqrt(variance + eps) * weight
         shift = bias - mean * scale
@@ -421,33 +478,37 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         pooled, place, mean, variance, scale, shift = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        of_bias, of_values = _gradient_sums(gradient, pooled, scale, shift, ctx.slope).sum(0)
+        partial = _gradient_sums(gradient, pooled, scale, shift, ctx.slope)
+        of_bias, of_values = partial[:, :, 0].sum(0), partial[:, :, 1].sum(0)
         steep = torch.rsqrt(variance + ctx.eps)
         of_weight = steep * (of_values - mean * of_bias)  # the sum over normalised values' gradients times those
-        pixels = _pixels(pooled.shape)
+        pixels = _pixels(pooled.shape, len(scale))
         of_value = -scale * steep * of_weight / pixels
-        factors = torch.stack([scale, of_value, -scale * of_bias / pixels - mean * of_value])
-        of_images = _gradient(gradient, pooled, place, *ctx.size, scale, shift, factors, ctx.slope)
-        return of_images, of_weight, of_bias, None, None, None
+        of_one = -scale * of_bias / pixels - mean * of_value
+        of_images = _gradient(gradient, pooled, place, *ctx.size, scale, shift, of_value, of_one, ctx.slope)
+        return of_images, of_weight.sum(0), of_bias.sum(0), None, None, None, None
 
 
 def by_kernels(
-    images: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float | None, pool: bool
+    images: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float | None, pool: bool, groups: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`batch_norm` wherever Triton runs."""
-    active, mean, variance = _BatchNorm.apply(images, weight, bias, eps, slope, pool)
+    active, mean, variance = _BatchNorm.apply(images, weight, bias, eps, slope, pool, groups)
     return active, mean.detach(), variance.detach()
 
 
 def batch_norm(
-    images: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float | None, pool: bool
+    images: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float | None, pool: bool, groups: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`batch_norm_reference` (see there), differentiable by images, weight and bias, also compiled.
 
-    By Triton kernels on a GPU; else the reference. ValueError for channels that the kernels do not take (`takes`).
+    By Triton kernels on a GPU; else the reference. ValueError for channels that the kernels do not take (`takes`), and
+    for images that are not as many in each group.
     """
     if not takes(images.shape[1]):
         raise ValueError(f"{images.shape[1]} channels are no multiple of {CHANNELS}")
+    if len(images) % groups:
+        raise ValueError(f"{len(images)} images cannot be cut into {groups} groups")
     if not images.is_cuda:
-        return batch_norm_reference(images, weight, bias, eps, slope, pool)
-    return by_kernels(images.contiguous(memory_format=torch.channels_last), weight, bias, eps, slope, pool)
+        return batch_norm_reference(images, weight, bias, eps, slope, pool, groups)
+    return by_kernels(images.contiguous(memory_format=torch.channels_last), weight, bias, eps, slope, pool, groups)

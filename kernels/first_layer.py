@@ -1,50 +1,74 @@
 """A network's first convolution with bias and activation in one kernel, and its weights' gradient in another.
 
-The images have few channels and need no gradient, the output has many, so that its passes through memory are all that
-counts: written once forward, and backward read once beside its own gradient. See `patches_in_registers`.
+The images have few channels, the output has many, so that its passes through memory are all that counts: written once
+forward, and backward read once beside its own gradient. See `patches_in_registers`. The images' gradient, where one is
+needed, is a product whose rows are put together: see `patches`. A generator's last layer is the transpose: it goes
+forward as that gradient does, and its own gradients are by the kernels.
 Bytes moved for each of B·HO·WO pixels, in a 16-bit type: 2·O forward, 4·O backward, and 2·C·stride² for the images.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import patches
-from .patches_in_registers import conv_triton, empty_out, gradient_triton, lines_and_length, partial_shape, summed
+from .patches_in_registers import (
+    LEAK,
+    LONGEST,
+    PIECES,
+    conv_triton,
+    empty_out,
+    gradient_triton,
+    lines_and_length,
+    partial_shape,
+    summed,
+)
 
 WIDEST = 128  # outputs
-LONGEST = 64  # values of a piece of a patch
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "elu": F.elu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda values: values,
+    "relu": F.relu,
+    "leaky_relu": partial(F.leaky_relu, negative_slope=LEAK.value),
+    "elu": F.elu,
+    "silu": F.silu,
+}
 
 
-def conv_reference(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
+def conv_reference(
+    images: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str
+) -> Tensor:
     """Convolution, bias and activation in plain PyTorch.
 
     images: [B, C, H, W]. weight: [O, C, K, K]. bias: [O]. Returns [B, O, HO, WO] of the images' type.
     """
-    return ACTIVATIONS[activation](F.conv2d(images, weight.to(images.dtype), bias.to(images.dtype), stride, padding))
+    bias = None if bias is None else bias.to(images.dtype)
+    return ACTIVATIONS[activation](F.conv2d(images, weight.to(images.dtype), bias, stride, padding))
 
 
 def takes(weight: Tensor) -> bool:
     """Whether the kernels are for such weights."""
     outputs, channels, side, other = weight.shape
-    return (
-        side == other
-        and lines_and_length(channels, side)[1] <= LONGEST
-        and 16 <= outputs <= WIDEST
-        and outputs % 8 == 0
-    )
+    if side != other or not 16 <= outputs <= WIDEST or outputs % 8:
+        return False
+    lines, length = lines_and_length(channels, side)
+    return length <= LONGEST and side // lines <= PIECES
+
+
+def runs_on(images: Tensor) -> bool:
+    """Whether the kernels run where `images` are: on GPUs from sm_80 on."""
+    return images.is_cuda and torch.cuda.get_device_capability(images.device) >= (8, 0)
 
 
 @torch.library.custom_op("netdyno::first_layer", mutates_args=())
-def _conv(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
+def _conv(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
     return conv_triton(images, weight, bias, stride, padding, activation)
 
 
 @_conv.register_fake
-def _(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
+def _(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
     return empty_out(images, len(weight), weight.shape[2], stride, padding)
 
 
@@ -62,33 +86,83 @@ def _(images: Tensor, gradient: Tensor, out: Tensor, side: int, stride: int, pad
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
     images, weight, bias, *ctx.options = inputs
-    ctx.save_for_backward(images, output)
-    ctx.shape, ctx.types = weight.shape, (weight.dtype, bias.dtype)
+    ctx.save_for_backward(images, weight, output)
+    ctx.bias_type = None if bias is None else bias.dtype
 
 
 def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    images, out = ctx.saved_tensors
-    partial = _gradient(images, gradient, out, ctx.shape[2], *ctx.options)
-    of_weight, of_bias = summed(partial, *ctx.shape[1:3])
-    return None, of_weight.to(ctx.types[0]), of_bias.to(ctx.types[1]), None, None, None
+    images, weight, out = ctx.saved_tensors
+    stride, padding, activation = ctx.options
+    of_images = of_weight = of_bias = None
+    if ctx.needs_input_grad[0]:
+        slope = (gradient * _steepness(out, activation)).to(out.dtype)
+        of_images = patches.images_under(slope, weight.to(slope.dtype), stride, padding, *images.shape[2:])
+    if any(ctx.needs_input_grad[1:3]):
+        partial = _gradient(images, gradient, out, weight.shape[2], stride, padding, activation)
+        of_weight, of_bias = summed(partial, *weight.shape[1:3])
+        of_weight = of_weight.to(weight.dtype)
+        of_bias = None if ctx.bias_type is None else of_bias.to(ctx.bias_type)
+    return of_images, of_weight, of_bias, None, None, None
 
 
 _conv.register_autograd(_backward, setup_context=_keep)
 
 
-def conv(images: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, activation: str) -> Tensor:
-    """`conv_reference` (see there); differentiable by weight and bias, also compiled.
+def _steepness(out: Tensor, activation: str) -> Tensor | float:
+    """The activation's slope, told by its value `out`."""
+    if activation == "none":
+        return 1.0
+    below = {"relu": 0.0, "leaky_relu": LEAK.value, "elu": out + 1}[activation]
+    return torch.where(out <= 0, below, 1.0)
 
-    By Triton kernels on GPUs from sm_80 on, where the images need no gradient, and of SiLU the weights neither; else by
-    `patches`. activation: a name of `ACTIVATIONS`; ValueError for another, and for weights that the kernels do not take
-    (`takes`).
+
+def _output_by_output(weight: Tensor) -> Tensor:
+    """The weights, with those of all outputs side by side in memory, as the kernel reads them."""
+    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
+def conv(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
+    """`conv_reference` (see there); differentiable, also compiled.
+
+    By Triton kernels on GPUs from sm_80 on, where SiLU has nothing to learn; else by `patches`. activation: a name of
+    `ACTIVATIONS`; ValueError for another, and for weights that the kernels do not take (`takes`).
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, none of {', '.join(ACTIVATIONS)}")
     if not takes(weight) or images.shape[1] != weight.shape[1]:
         raise ValueError(f"weights {tuple(weight.shape)} on images of {images.shape[1]} channels")
-    needed = (images, weight, bias) if activation == "silu" else (images,)  # SiLU's slope is not told by its value
-    learns = any(tensor.requires_grad for tensor in needed)
-    if learns or not images.is_cuda or torch.cuda.get_device_capability(images.device) < (8, 0):
+    given = (images, weight) if bias is None else (images, weight, bias)
+    learns = activation == "silu" and any(tensor.requires_grad for tensor in given)  # its value does not tell its slope
+    if learns or not runs_on(images):
         return ACTIVATIONS[activation](patches.conv(images, weight, bias, stride, padding))
-    return _conv(images, weight, bias, stride, padding, activation)
+    return _conv(images, _output_by_output(weight), bias, stride, padding, activation)
+
+
+class _ConvTranspose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pixels: Tensor, weight: Tensor, stride: int, padding: int, output_padding: int) -> Tensor:
+        ctx.save_for_backward(pixels, weight)
+        ctx.options = stride, padding, "none"
+        return patches.conv_transpose(pixels, weight.to(pixels.dtype), None, stride, padding, output_padding)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        pixels, weight = ctx.saved_tensors
+        of_pixels = _conv(gradient, _output_by_output(weight), None, *ctx.options)
+        partial = _gradient(gradient, pixels, pixels, weight.shape[2], *ctx.options)
+        of_weight, _ = summed(partial, *weight.shape[1:3])
+        return of_pixels, of_weight.to(weight.dtype), None, None, None
+
+
+def conv_transpose(
+    pixels: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, output_padding: int
+) -> Tensor:
+    """`F.conv_transpose2d` in the pixels' type; differentiable, also compiled; by `patches`, and where kernels run
+    backward by them.
+
+    pixels: [B, O, HO, WO]. weight: [O, C, K, K], which the kernels take. bias: [C]. Returns [B, C, H, W].
+    """
+    if not runs_on(pixels):
+        return patches.conv_transpose(pixels, weight.to(pixels.dtype), bias, stride, padding, output_padding)
+    images = _ConvTranspose.apply(pixels, weight, stride, padding, output_padding)
+    return images if bias is None else images + bias.to(images.dtype)[:, None, None]

@@ -46,13 +46,20 @@ def conv_transpose(
     pixels: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, output_padding: int
 ) -> Tensor:
     """`F.conv_transpose2d`; channels last. pixels: [B, O, HO, WO]. weight: [O, C, KH, KW], square. bias: [C]."""
+    height, width = (
+        (size - 1) * stride - 2 * padding + len(weight[0, 0]) + output_padding for size in pixels.shape[2:]
+    )
+    images = images_under(pixels, weight, stride, padding, height, width)
+    return images if bias is None else images + bias.to(images.dtype)[:, None, None]
+
+
+def images_under(pixels: Tensor, weight: Tensor, stride: int, padding: int, height: int, width: int) -> Tensor:
+    """What `conv` of images of `height` and `width` gives back to them: `conv_transpose` to that size."""
     outputs, channels, side, _ = weight.shape
-    height, width = ((size - 1) * stride - 2 * padding + side + output_padding for size in pixels.shape[2:])
     window = Window(side, stride, padding)
     rows = pixels.permute(0, 2, 3, 1).reshape(-1, outputs)
     patches = rows @ _rows(weight.permute(0, 2, 3, 1), window.row(channels))
-    images = _Fold.apply(patches, window, (len(pixels), channels, height, width))
-    return images if bias is None else images + bias.to(images.dtype)[:, None, None]
+    return _Fold.apply(patches, window, (len(pixels), channels, height, width))
 
 
 def _rows(weight: Tensor, length: int) -> Tensor:

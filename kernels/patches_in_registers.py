@@ -7,8 +7,9 @@ take it.
 
 Shapes: images [B, C, H, W], outputs [B, O, HO, WO], channels last. A patch, the values under one pixel, is put together
 line by line of its taps: a line's values lie side by side. A piece is one line, where its pixels can be loaded as a
-whole, or all lines; behind its values come, in the first piece, a one, whose gradient is the bias's, and zeros up to
-LENGTH, a power of two. A program's block is a tile of `COLUMNS` pixels in `ROWS` rows of one image.
+whole or all lines are too many, or all lines; behind its values come, in the first piece, a one, whose gradient is the
+bias's, and zeros up to LENGTH, a power of two. A program's block is a tile of `COLUMNS` pixels in `ROWS` rows of one
+image.
 """
 
 import torch
@@ -18,7 +19,12 @@ from torch import Tensor
 
 COLUMNS, ROWS = 32, 4  # of a tile: a pixel for each of 128 threads
 NARROWEST = 16  # side of a product
-PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor
+LONGEST = 64  # values of a piece …
+PIECES = 5  # … and pieces of a patch, at most
+LEAK = tl.constexpr(0.2)  # slope of "leaky_relu" below zero
+PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor …
+WIDE = 65  # outputs, from which on it is …
+WIDE_PROGRAMS = 264  # … two
 STAGES = 3  # … in which tiles are under way, where that gains anything (H200) and shared memory has room for them
 STAGED = range(17, 65)  # outputs, in a 16-bit type
 
@@ -148,6 +154,8 @@ def conv_kernel(
         total += tl.load(bias + o, mask=o < OUTPUTS, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION == "relu":
         total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "leaky_relu":
+        total = tl.where(total > 0, total, LEAK * total)
     elif ACTIVATION == "elu":
         total = tl.where(total > 0, total, tl.exp(total) - 1)
     elif ACTIVATION == "silu":
@@ -186,13 +194,16 @@ def gradient_kernel(
     gradient, out: [B, HO, WO, O]. partial: fp32 [parts, pieces, LENGTH, O]. The parts are summed up later, in one
     order, so that the result is the same each time.
     """
-    tl.static_assert(LINES == SIDE or (LINES == 1 and SIDE == 3), "one piece, or three")
+    PIECES: tl.constexpr = SIDE // LINES
+    tl.static_assert(PIECES <= 5, "as many sums as there are below")
     tl.static_assert(ACTIVATION != "silu", "whose slope is not told by its value")
     part = tl.program_id(0)
     o = tl.arange(0, WIDE)
     t0 = tl.zeros([LENGTH, WIDE], tl.float32)
     t1 = t0
     t2 = t0
+    t3 = t0
+    t4 = t0
     for turn in range(TURNS):
         task = turn * tl.num_programs(0) + part
         n = tl.minimum(task, tasks - 1) // TILES
@@ -205,27 +216,40 @@ def gradient_kernel(
         if ACTIVATION != "none":
             height = tl.load(out + at + place, mask=stored, other=0.0).to(tl.float32)
             # of ReLU: what is no number passes; of ELU: its slope below zero is its value and one
-            below = 0.0 if ACTIVATION == "relu" else slope.to(tl.float32) * (height + 1)
+            if ACTIVATION == "relu":
+                below = 0.0
+            elif ACTIVATION == "leaky_relu":
+                below = slope.to(tl.float32) * LEAK
+            else:
+                below = slope.to(tl.float32) * (height + 1)
             slope = tl.where(height <= 0, below, slope.to(tl.float32)).to(slope.dtype)
         image = images + n.to(tl.int64) * (HEIGHT * WIDTH * CHANNELS)
-        for first in tl.static_range(0, SIDE, LINES):
+        for piece in tl.static_range(PIECES):
+            first = piece * LINES
             values = _patches(image, y, x, there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, first, LINES, LENGTH)
-            total = tl.dot(tl.trans(values), slope.to(values.dtype), t0 if first == 0 else t1 if first == 1 else t2)
-            if first == 0:
+            total = t0 if piece == 0 else t1 if piece == 1 else t2 if piece == 2 else t3 if piece == 3 else t4
+            total = tl.dot(tl.trans(values), slope.to(values.dtype), total)
+            if piece == 0:
                 t0 = total
-            elif first == 1:
+            elif piece == 1:
                 t1 = total
-            else:
+            elif piece == 2:
                 t2 = total
+            elif piece == 3:
+                t3 = total
+            else:
+                t4 = total
     k = tl.arange(0, LENGTH)[:, None]
-    for first in tl.static_range(0, SIDE, LINES):
-        at = partial + ((part * (SIDE // LINES) + first // LINES) * LENGTH).to(tl.int64) * OUTPUTS + o[None, :]
-        tl.store(at + k * OUTPUTS, t0 if first == 0 else t1 if first == 1 else t2, mask=(o < OUTPUTS)[None, :])
+    for piece in tl.static_range(PIECES):
+        total = t0 if piece == 0 else t1 if piece == 1 else t2 if piece == 2 else t3 if piece == 3 else t4
+        at = partial + ((part * PIECES + piece) * LENGTH).to(tl.int64) * OUTPUTS + o[None, :]
+        tl.store(at + k * OUTPUTS, total, mask=(o < OUTPUTS)[None, :])
 
 
 def lines_and_length(channels: int, side: int) -> tuple[int, int]:
-    """Of a piece. Lines come one by one where a pixel's channels are loaded at once, and three pieces are few."""
-    lines = 1 if channels in (4, 8) and side == 3 else side
+    """Of a piece. Lines come one by one where all are too many, or a pixel's channels are loaded at once."""
+    one_by_one = side**2 * channels >= LONGEST or (channels == 4 and side == 3)
+    lines = 1 if one_by_one else side
     return lines, max(NARROWEST, triton.next_power_of_2(lines * side * channels + 1))
 
 
@@ -242,7 +266,8 @@ def conv_triton(
     """Activation(convolution + bias) by the kernel, summed up in fp32.
 
     images: [B, C, H, W]. weight: [O, C, K, K], or transposed [C, O, K, K], whose taps are then mirrored. bias: [O].
-    activation: "relu", "elu", "silu" or "none". Returns [B, O, HO, WO] of the images' type, channels last.
+    activation: "relu", "leaky_relu", "elu", "silu" or "none". Returns [B, O, HO, WO] of the images' type,
+    channels last.
     """
     images = images.contiguous(memory_format=torch.channels_last)
     if transposed:
@@ -306,7 +331,7 @@ def _tiles(out: Tensor) -> int:
 def turns_and_parts(out: Tensor) -> tuple[int, int]:
     """How many tasks each program of a gradient does, and into how many parts they are cut."""
     tasks = len(out) * _tiles(out)
-    turns = triton.cdiv(tasks, PROGRAMS)
+    turns = triton.cdiv(tasks, WIDE_PROGRAMS if out.shape[1] >= WIDE else PROGRAMS)
     return turns, triton.cdiv(tasks, turns)
 
 

@@ -28,7 +28,7 @@ SLOPES = [None, 0.0, 0.2]  # SiLU, ReLU, leaky ReLU
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of the largest value
 EPS = 1e-5
 
-Function = Callable[[Tensor, Tensor, Tensor, float, float | None, bool], tuple[Tensor, Tensor, Tensor]]
+Function = Callable[[Tensor, Tensor, Tensor, float, float | None, bool, int], tuple[Tensor, Tensor, Tensor]]
 
 
 def ways() -> Iterator[tuple[float | None, bool]]:
@@ -47,11 +47,16 @@ def inputs_of(case: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[T
 
 
 def everything_of(
-    function: Function, inputs: tuple[Tensor, ...], slope: float | None, pool: bool, gradient: Tensor | None = None
+    function: Function,
+    inputs: tuple[Tensor, ...],
+    slope: float | None,
+    pool: bool,
+    groups: int = 1,
+    gradient: Tensor | None = None,
 ) -> list[Tensor]:
     """Values, mean, variance and the gradients of all inputs."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    out, mean, variance = function(*leaves, EPS, slope, pool)
+    out, mean, variance = function(*leaves, EPS, slope, pool, groups)
     if gradient is None:
         gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     out.backward(gradient.to(out.dtype))
@@ -59,12 +64,18 @@ def everything_of(
 
 
 def compare_with_float64(
-    function: Function, case: tuple[int, ...], dtype: torch.dtype, slope: float | None, pool: bool, device: str
+    function: Function,
+    case: tuple[int, ...],
+    dtype: torch.dtype,
+    slope: float | None,
+    pool: bool,
+    device: str,
+    groups: int = 1,
 ) -> None:
     inputs = inputs_of(case, dtype, device)
-    got = everything_of(function, inputs, slope, pool)
+    got = everything_of(function, inputs, slope, pool, groups)
     exact = tuple(tensor.double() for tensor in inputs)
-    expected = everything_of(batch_norm_reference, exact, slope, pool)
+    expected = everything_of(batch_norm_reference, exact, slope, pool, groups)
     assert got[0].dtype == dtype
     assert got[0].is_contiguous(memory_format=torch.channels_last)
     for one, wanted in zip(got, expected, strict=True):
@@ -86,14 +97,15 @@ def test_kernels_equal_float64_on_the_gpu(case: tuple[int, ...], dtype: torch.dt
         if case in LARGE and dtype is torch.float32 and slope is not None:
             continue  # of millions some are within rounding of zero, where the slope jumps
         if not pool or min(case[2:]) > 1:
-            compare_with_float64(batch_norm, case, dtype, slope, pool, "cuda")
+            for groups in (1, 2) if case[0] % 2 == 0 else (1,):
+                compare_with_float64(batch_norm, case, dtype, slope, pool, "cuda", groups)
 
 
 @pytest.mark.gpu
 def test_compiled_it_is_the_same() -> None:
     for slope, pool in ways():
         compiled = torch.compile(batch_norm, fullgraph=True, dynamic=False)
-        compare_with_float64(compiled, CASES[0], torch.bfloat16, slope, pool, "cuda")
+        compare_with_float64(compiled, CASES[0], torch.bfloat16, slope, pool, "cuda", 2)
 
 
 @pytest.mark.gpu
@@ -103,13 +115,24 @@ def test_what_is_no_number_is_not_hidden(pool: bool) -> None:
     images[0, 3, 1, 0] = torch.nan
     out, mean, _ = batch_norm(images, weight, bias, EPS, None, pool)
     assert out[:, 3].isnan().all()
-    assert mean[3].isnan()
-    assert mean[[0, 1, 2]].isfinite().all()
+    assert mean[0, 3].isnan()
+    assert mean[0, :3].isfinite().all()
 
 
 def test_channels_that_the_kernels_do_not_take() -> None:
     with pytest.raises(ValueError, match="96 channels"):
         batch_norm(torch.ones(2, 96, 4, 4), torch.ones(96), torch.ones(96), EPS, None, False)
+
+
+def test_groups_are_as_if_one_came_after_the_other() -> None:
+    images, weight, bias = inputs_of((6, 64, 5, 4), torch.float32, "cpu")
+    found = batch_norm(images, weight, bias, EPS, 0.2, True, 3)
+    for number, part in enumerate(images.chunk(3)):
+        out, mean, variance = batch_norm(part, weight, bias, EPS, 0.2, True)
+        torch.testing.assert_close(found[0].chunk(3)[number], out)
+        torch.testing.assert_close(torch.stack([found[1][number], found[2][number]]), torch.cat([mean, variance]))
+    with pytest.raises(ValueError, match="6 images cannot be cut into 4 groups"):
+        batch_norm(images, weight, bias, EPS, 0.2, True, 4)
 
 
 @pytest.mark.parametrize("capability", [75, 90])
@@ -123,7 +146,7 @@ def test_kernels_compile_without_a_gpu(kernel, pool: bool, slope: float | None, 
     constants |= {"ROWS": 32, "CHANNELS": module.CHANNELS}
     values = {name: value for name, value in constants.items() if name in kernel.arg_names}
     pointers = dict.fromkeys(("images", "pooled", "gradient", "out"), "fp16") | {"place": "u8"}
-    pointers |= dict.fromkeys(("scale", "shift", "partial", "factors"), "fp32")
+    pointers |= dict.fromkeys(("scale", "shift", "partial", "of_value", "of_one"), "fp32")
     signature = {
         name: "constexpr" if name in values else f"*{pointers[name]}" if name in pointers else "i32"
         for name in kernel.arg_names
@@ -138,6 +161,8 @@ if __name__ == "__main__":
             if not pool or min(case[2:]) > 1:
                 kind = (torch.float32, torch.float16, torch.bfloat16)[number % 3]
                 compare_with_float64(by_kernels, case, kind, slope, pool, "cpu")
+                if case[0] % 2 == 0:
+                    compare_with_float64(by_kernels, (2 * case[0], *case[1:]), kind, slope, pool, "cpu", 2)
         compiled = torch.compile(by_kernels, fullgraph=True, dynamic=False, backend="aot_eager")
         compare_with_float64(compiled, CASES[0], torch.float32, slope, pool, "cpu")
     print("equal")

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from without_gpu import assert_equal_in_the_interpreter
 
 from netdyno.kernels import first_layer, patches_in_registers
-from netdyno.kernels.first_layer import conv, conv_reference, conv_triton, gradient_triton, summed
+from netdyno.kernels.first_layer import conv, conv_reference, conv_transpose, conv_triton, gradient_triton, summed
 
 # B, C, O, H, W, side, stride, padding: those of networks, and what is odd
 CASES = [
@@ -16,12 +17,16 @@ CASES = [
     (2, 3, 16, 7, 7, 4, 2, 1),
     (1, 4, 64, 3, 3, 3, 1, 2),
     (2, 3, 24, 9, 8, 2, 1, 0),  # the whitening layer's
+    (2, 3, 16, 11, 10, 5, 2, 2),  # in five pieces
+    (2, 3, 16, 8, 10, 4, 2, 1),
 ]
 LARGE = [
     (64, 3, 24, 32, 32, 2, 1, 0),
     (64, 3, 32, 32, 32, 3, 1, 1),
     (32, 3, 128, 32, 32, 3, 1, 1),
     (64, 1, 32, 28, 28, 3, 1, 0),
+    (128, 3, 128, 64, 64, 5, 2, 2),  # dcgan's
+    (128, 3, 64, 64, 64, 4, 2, 1),
 ]
 # Of the largest value. tf32: what tensor cores make of fp32, where they have it.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -60,8 +65,8 @@ def compare_with_float64(case: tuple[int, ...], dtype: torch.dtype, activation: 
     gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     # Slopes by the kernel's own outputs: one near zero may be on the other side than the reference's.
-    below = torch.zeros_like(expected) if activation == "relu" else out.double() + 1
-    slope = gradient.double() * torch.where(out <= 0, below, 1.0)
+    below = {"none": 1.0, "relu": 0.0, "leaky_relu": 0.2, "elu": out.double() + 1}[activation]
+    slope = gradient.double() * torch.where(out <= 0, below, torch.ones_like(expected))
     of_weight = torch.nn.grad.conv2d_weight(exact[0], weight.shape, slope, stride, padding)
     partial = gradient_triton(images, gradient, out, case[5], stride, padding, activation)
     for got, wanted in zip(summed(partial, *weight.shape[1:3]), (of_weight, slope.sum((0, 2, 3))), strict=True):
@@ -129,7 +134,68 @@ def test_gradients_through_torch_compile() -> None:
         close(got, expected, 2e-2)
 
 
-@pytest.mark.parametrize("activation", ["elu", "silu"])
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu", "elu"])
+@pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[7], LARGE[-2]], ids=str)
+def test_gradients_of_the_images_too(case: tuple[int, ...], activation: str, compiled: bool) -> None:
+    """Weights come after the images' gradient was asked for alone, as one of two players does."""
+    *_, stride, padding = case
+    images, weight, bias = inputs_of(case, torch.bfloat16, "cuda")
+    exact = [images.double(), weight.bfloat16().double(), bias.double()]
+    function = torch.compile(conv, fullgraph=True) if compiled else conv
+    images.requires_grad_()
+    out = function(images, weight, bias, stride, padding, activation)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    out.backward(gradient)
+    below = {"none": 1.0, "relu": 0.0, "leaky_relu": 0.2, "elu": out.double() + 1}[activation]
+    slope = gradient.double() * torch.where(out <= 0, below, torch.ones_like(gradient, dtype=torch.double))
+    of_images = torch.nn.grad.conv2d_input(images.shape, exact[1], slope, stride, padding)
+    assert images.grad is not None
+    close(images.grad, of_images, 1.6e-2)
+
+
+def transposed(case: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, int]:
+    """What goes into the transpose of a case: pixels, weight and bias, and the output padding that its size takes."""
+    b, c, o, h, w, side, stride, padding = case
+    _, weight, _ = inputs_of(case, dtype, device)
+    size = [(length + 2 * padding - side) // stride + 1 for length in (h, w)]
+    draw = torch.Generator().manual_seed(2)
+    pixels = torch.randn(b, o, *size, generator=draw).to(device, dtype).contiguous(memory_format=torch.channels_last)
+    return pixels, weight, torch.randn(c, generator=draw).to(device), (h + 2 * padding - side) % stride
+
+
+def compare_transposes(case: tuple[int, ...], dtype: torch.dtype, device: str, compiled: bool = False) -> None:
+    *_, stride, padding = case
+    pixels, weight, bias, extra = transposed(case, dtype, device)
+    function = torch.compile(conv_transpose, fullgraph=True) if compiled else conv_transpose
+    found = []
+    for way, kind in ((function, dtype), (F.conv_transpose2d, torch.double)):
+        rounded = weight.to(dtype).to(torch.float32 if way is function else kind)
+        leaves = [given.detach().clone().requires_grad_() for given in (pixels.to(kind), rounded, bias.to(kind))]
+        out = way(*leaves, stride, padding, extra)
+        gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        out.backward(gradient.to(out.dtype).contiguous(memory_format=torch.channels_last))
+        found.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    tolerance = TF32 if dtype is torch.float32 and device == "cuda" else TOLERANCE[dtype]
+    for got, expected in zip(*found, strict=True):
+        close(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[7]], ids=str)
+def test_the_transpose_on_a_cpu(case: tuple[int, ...]) -> None:
+    compare_transposes(case, torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[7], LARGE[-2]], ids=str)
+def test_the_transpose_on_the_gpu(case: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> None:
+    compare_transposes(case, dtype, "cuda", compiled)
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "elu", "silu"])
 @pytest.mark.parametrize("by_images", [False, True])
 def test_on_a_cpu_it_equals_the_reference(by_images: bool, activation: str) -> None:
     found = []
@@ -147,17 +213,21 @@ def test_on_a_cpu_it_equals_the_reference(by_images: bool, activation: str) -> N
 
 def test_what_the_kernels_do_not_take() -> None:
     images = torch.ones(1, 3, 8, 8)
-    for weight in (torch.ones(32, 3, 5, 5), torch.ones(20, 3, 3, 3), torch.ones(256, 3, 3, 3), torch.ones(32, 2, 3, 3)):
+    for weight in (torch.ones(32, 3, 6, 6), torch.ones(20, 3, 3, 3), torch.ones(256, 3, 3, 3), torch.ones(32, 2, 3, 3)):
         with pytest.raises(ValueError, match="on images of 3 channels"):
             conv(images, weight, torch.ones(len(weight)), 1, 1, "relu")
-    with pytest.raises(ValueError, match="none of relu, elu, silu"):
+    with pytest.raises(ValueError, match="none of none, relu, leaky_relu, elu, silu"):
         conv(images, torch.ones(32, 3, 3, 3), torch.ones(32), 1, 1, "tanh")
 
 
 if __name__ == "__main__":
+    first_layer.runs_on = lambda images: True
     patches_in_registers.PROGRAMS = 2  # several blocks for a program
     for n, one in enumerate(CASES):
         for kind in (torch.float32, torch.float16):
-            compare_with_float64(one, kind, ("relu", "elu", "silu")[n % 3], "cpu")
+            compare_with_float64(one, kind, ("relu", "elu", "silu", "leaky_relu")[n % 4], "cpu")
+            if n > 5:
+                compare_with_float64(one, kind, "leaky_relu", "cpu")
+                compare_transposes(one, kind, "cpu")
         sum_exactly(one, "cpu")
     print("equal")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from netdyno.bench.fuse import FusedNorm, Replacement, _pooled_conv, fuse
+from netdyno.bench.fuse import FusedNorm, Replacement, _pooled_conv, fuse, in_groups
 from netdyno.bench.step import make_step
 from netdyno.bench.tuning import tuned
 from netdyno.bench.workloads import Workload, dcgan, mnist_cnn
@@ -31,8 +31,10 @@ NETWORKS = [
     (Cifar10Cnn, (3, 32, 32), [0, 2, 7, 12]),
     (Cifar100Cnn, (3, 32, 32), [0, 2, 8, 14]),
     (ConvAutoencoder, (3, 32, 32), [0, 2, 4, 6]),
-    (lambda: Dcgan(width=8).discriminator, (3, 64, 64), [0]),
+    (lambda: Dcgan(width=8).discriminator, (3, 64, 64), [0, 11]),
     (lambda: Dcgan(width=8).generator, (100,), [11]),
+    (lambda: Dcgan(width=64, kernel=4).discriminator, (3, 64, 64), [0, 11]),
+    (lambda: Dcgan(width=64).generator, (100,), [11]),
     (SmallCnn, (1, 28, 28), [0, 3]),
     (lambda: WhitenedCnn(10, PAIRS), (3, 24, 24), [0]),
 ]
@@ -144,25 +146,52 @@ def test_what_no_kernel_does_is_left_alone(layers: list[nn.Module]) -> None:
 
 @pytest.mark.parametrize(
     ("workload", "make", "shape"),
-    [(mnist_cnn(), MnistCnn, (1, 28, 28)), (dcgan(), lambda: Dcgan(width=8), (3, 64, 64))],
+    [
+        (mnist_cnn(), MnistCnn, (1, 28, 28)),
+        (dcgan(), lambda: Dcgan(width=8), (3, 64, 64)),
+        (dcgan(), lambda: Dcgan(width=64, kernel=4), (3, 64, 64)),
+    ],
 )
 def test_a_fused_network_trains_the_same_compiled(
     workload: Workload, make: Callable[[], nn.Module], shape: tuple[int, ...]
 ) -> None:
-    """Three steps as a run makes them: the discriminator called with other weights by their names, too."""
-    tuning = replace(tuned(None), precision="fp32")
+    """Three steps as a run makes them: the discriminator called with other weights by their names, too.
+
+    Where all its batch norms are kernels', it judges real and generated images at once.
+    """
     workload = replace(workload, recipe=replace(workload.quick, batch_size=8))
-    found = []
+    found, running = [], []
     for fused in (False, True):
         torch._dynamo.reset()
         torch.manual_seed(0)
         network = make().to(memory_format=torch.channels_last).train()
         if fused:
             fuse(network, torch.float32)
+        tuning = replace(tuned(None), precision="fp32", kernels=fused)
         step, _ = make_step(workload, network, tuning, torch.device("cpu"), steps=3)
         torch.manual_seed(1)
         images = torch.rand(8, *shape).contiguous(memory_format=torch.channels_last)
         found.append([step(images, torch.arange(8)).item() for _ in range(3)])
+        running.append([value for name, value in network.named_buffers() if "running" in name])
     torch._dynamo.reset()
     assert found[0] == pytest.approx(found[1], rel=1e-3)
     assert found[0][0] != pytest.approx(found[0][2], rel=1e-3)
+    for plain, by_kernels in zip(*running, strict=True):
+        torch.testing.assert_close(plain, by_kernels, rtol=1e-2, atol=1e-3)
+
+
+def test_in_groups_is_as_if_one_batch_came_after_the_other() -> None:
+    torch.manual_seed(0)
+    network = Dcgan(width=64, kernel=4).discriminator
+    assert in_groups(Dcgan(width=8).discriminator, 2) is None  # batch norms that no kernel is for
+    fuse(network, torch.float32)
+    grouped = in_groups(network, 2)
+    assert grouped is not None
+    assert [id(one) for one in grouped.parameters()] == [id(one) for one in network.parameters()]
+    batches = [torch.rand(4, 3, 64, 64) + shift for shift in (0.0, 1.0)]
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    expected = [network(batch) for batch in batches]
+    running = {name: value.clone() for name, value in network.named_buffers()}
+    network.load_state_dict(before, strict=False)
+    torch.testing.assert_close(grouped(torch.cat(batches)), torch.cat(expected))
+    torch.testing.assert_close(dict(network.named_buffers()), running)

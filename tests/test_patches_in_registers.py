@@ -17,13 +17,15 @@ TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Layer(NamedTuple):
-    """A convolution of 3×3 taps over 32×32 pixels, and what a program of it may take."""
+    """A convolution over 32×32 pixels, and what a program of it may take."""
 
     inputs: int
     outputs: int
     padding: int
     dtype: torch.dtype
     shared: int  # KiB: several programs are to be on a multiprocessor at a time
+    side: int = 3
+    stride: int = 1
 
 
 LAYERS = [
@@ -33,16 +35,19 @@ LAYERS = [
     Layer(3, 64, 1, torch.bfloat16, 80),
     Layer(3, 128, 1, torch.bfloat16, 48),
     Layer(3, 128, 1, torch.float32, 99),
+    Layer(3, 128, 2, torch.bfloat16, 48, 5, 2),
+    Layer(3, 64, 1, torch.bfloat16, 99, 4, 2),
 ]
 
 
 def compiled(kernel: Any, layer: Layer, capability: int) -> Any:
     """As it is launched."""
     images = torch.empty(2, layer.inputs, 32, 32, dtype=layer.dtype)
-    out = patches_in_registers.empty_out(images, layer.outputs, 3, 1, layer.padding)
-    activation = "relu" if layer.padding == 1 else "none"
-    values = patches_in_registers._constants(images, out, 3, 1, layer.padding, activation)
-    values |= {"TURNS": 8} if kernel is gradient_kernel else {"MIRRORED": layer.padding == 2, "BIASED": True}
+    out = patches_in_registers.empty_out(images, layer.outputs, layer.side, layer.stride, layer.padding)
+    activation = "leaky_relu" if layer.stride == 2 else "relu" if layer.padding == 1 else "none"
+    values = patches_in_registers._constants(images, out, layer.side, layer.stride, layer.padding, activation)
+    mirrored = layer.padding == 2 and layer.stride == 1
+    values |= {"TURNS": 8} if kernel is gradient_kernel else {"MIRRORED": mirrored, "BIASED": True}
     pointers = dict.fromkeys(("images", "gradient", "out"), TYPES[layer.dtype])
     pointers |= dict.fromkeys(("weight", "bias", "partial"), "fp32")
     options = {"num_stages": patches_in_registers.stages(out)} if kernel is gradient_kernel else {}

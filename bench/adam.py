@@ -1,0 +1,83 @@
+"""Adam of weights that are kept in 16 bits: updated in fp32, and cast in the same pass.
+
+A network under autocast keeps its weights in fp32, casts them in each forward pass and gets its gradients in fp32, cast
+as well: of dcgan's 36 million that are 360 MB a step, read or written for nothing else (H200: 140 of 4,100 µs).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGE = 1 << 18  # elements of a weight, from which on it is kept in 16 bits: one of fewer is cast in no time
+
+
+def keep_large_in(half: torch.dtype, weights: Iterable[nn.Parameter]) -> None:
+    """Brings large weights to the type `half`, in place; they stay the parameters that they are."""
+    for weight in weights:
+        if weight.numel() >= LARGE:
+            weight.data = weight.data.to(half)
+
+
+class MasterAdam(torch.optim.Adam):
+    """`torch.optim.Adam` with one group, of parameters of which some are in 16 bits; of these it has fp32 masters.
+
+    A master starts as its weight is; whoever sets the weights anew calls `read`. compile: that of the masters' update.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], compile: bool, **options: Any) -> None:
+        super().__init__(weights, **options)
+        self._update = torch.compile(update, fullgraph=True, dynamic=False) if compile else update
+        self._halves = [weight for weight in weights if weight.dtype is not torch.float32]
+        # 1 - betaᵗ after t steps: the same for all
+        corrections = {name: torch.zeros((), device=weights[0].device) for name in ("correction", "correction_sq")}
+        for weight in self._halves:
+            state = self.state[weight]
+            for name in ("master", "exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(weight, dtype=torch.float32)
+            state |= corrections
+        self.read()
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Each master becomes what its weight is."""
+        for weight in self._halves:
+            self.state[weight]["master"].copy_(weight)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=self._halves[0].device)
+        gradients = [weight.grad for weight in self._halves]
+        states = [self.state[weight] for weight in self._halves]
+        self._update(self._halves, gradients, states, rate, group["betas"], group["eps"], group["weight_decay"])
+        for weight in self._halves:
+            weight.grad = None  # else torch would update it, too
+        super().step()
+
+
+def update(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    states: list[dict[str, Tensor]],
+    rate: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+) -> None:
+    """One step of Adam (Kingma & Ba 2015) for 16-bit `weights` and their `states`, in place."""
+    correction, correction_sq = states[0]["correction"], states[0]["correction_sq"]
+    for shared, beta in zip((correction, correction_sq), betas, strict=True):
+        shared.mul_(beta).add_(1 - beta)
+    for weight, half_gradient, state in zip(weights, gradients, states, strict=True):
+        master, average, square = state["master"], state["exp_avg"], state["exp_avg_sq"]
+        assert half_gradient is not None
+        gradient = half_gradient.float()
+        if decay:
+            gradient = gradient + decay * master
+        average.lerp_(gradient, 1 - betas[0])
+        square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+        spread = (square / correction_sq).sqrt() + eps
+        master.sub_(rate / correction * average / spread)
+        weight.copy_(master)
