@@ -6,6 +6,9 @@ over the windows where there was pooling. What is computed again instead of stor
 
 Sums are of values and of their squares, in fp32: for activations, whose mean is not large against their spread.
 
+What was written or read last is still in the cache: the first pass of each pair goes through the pixels from the end,
+the second from the start.
+
 A batch may be several of the same size, its groups, one behind the other: each is normalised by itself, and what else
 is computed with it is computed at once.
 
@@ -13,6 +16,8 @@ Shapes: images [B, C, H, W], channels last, C a multiple of CHANNELS; pooled [B,
 row or column belongs to no window. Bytes moved in a 16-bit type, for each element of images, forward and back: 6 and 10
 without pooling, with it 2 + ¼ · 7 and 2 + ¼ · 9.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -62,9 +67,9 @@ def _corner(window, IN_HEIGHT: tl.constexpr, IN_WIDTH: tl.constexpr, HEIGHT: tl.
 
 
 @triton.jit
-def _group(pixels, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OF_HEIGHT: tl.constexpr, OF_WIDTH: tl.constexpr):
-    """Of a program's group of `pixels`, numbered over [b, OF_HEIGHT, OF_WIDTH]: where its [b, HEIGHT, WIDTH] begin."""
-    return tl.program_id(2).to(tl.int64) * (pixels // (OF_HEIGHT * OF_WIDTH)) * (HEIGHT * WIDTH)
+def _before(group, pixels, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OF_HEIGHT: tl.constexpr, OF_WIDTH: tl.constexpr):
+    """Pixels of the groups before one, over [b, HEIGHT, WIDTH]; each has `pixels` over [b, OF_HEIGHT, OF_WIDTH]."""
+    return group * (pixels // (OF_HEIGHT * OF_WIDTH)) * (HEIGHT * WIDTH)
 
 
 @triton.jit
@@ -89,17 +94,17 @@ def sums_kernel(
     as larger. pixels: those of a group that are normalised. The parts are summed up later, in one order.
     """
     part = tl.program_id(0)
+    group = tl.program_id(2).to(tl.int64)
     if POOL:
-        images += _group(pixels, IN_HEIGHT, IN_WIDTH, IN_HEIGHT // 2, IN_WIDTH // 2) * C
-        pooled += tl.program_id(2).to(tl.int64) * pixels * C
-        place += tl.program_id(2).to(tl.int64) * pixels * C
+        images += _before(group, pixels, IN_HEIGHT, IN_WIDTH, IN_HEIGHT // 2, IN_WIDTH // 2) * C
+        pooled, place = pooled + group * pixels * C, place + group * pixels * C
     else:
-        images += tl.program_id(2).to(tl.int64) * pixels * C
+        images += group * pixels * C
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     squares = tl.zeros([ROWS, CHANNELS], tl.float32)
     for turn in range(TURNS):
-        pixel = (turn * tl.num_programs(0) + part) * ROWS + tl.arange(0, ROWS)
+        pixel = ((TURNS - 1 - turn) * tl.num_programs(0) + part) * ROWS + tl.arange(0, ROWS)
         there = (pixel < pixels)[:, None]
         at = pixel.to(tl.int64)[:, None] * C + c[None, :]
         if POOL:
@@ -125,6 +130,15 @@ def sums_kernel(
 
 
 @triton.jit
+def _place(C: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr):
+    """Of a program of a second pass: the block of pixels, the group and the channels, which change first."""
+    blocks: tl.constexpr = C // CHANNELS
+    number = tl.program_id(0)
+    c = number % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    return number // (blocks * GROUPS), (number // blocks % GROUPS).to(tl.int64), c
+
+
+@triton.jit
 def activated_kernel(
     pooled,
     scale,
@@ -132,19 +146,19 @@ def activated_kernel(
     out,
     pixels,
     C: tl.constexpr,
+    GROUPS: tl.constexpr,
     SLOPE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Programs: blocks of pixels × blocks of channels × groups. out [pixels, C]: activation of pooled · scale + shift.
+    """Programs: blocks of pixels × groups × blocks of channels. out [pixels, C]: activation of pooled · scale + shift.
 
     scale, shift: fp32 [groups, C].
     """
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    group = tl.program_id(2).to(tl.int64)
+    block, group, c = _place(C, CHANNELS, GROUPS)
     pooled, out = pooled + group * pixels * C, out + group * pixels * C
     scale, shift = scale + group * C, shift + group * C
-    pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    pixel = block * ROWS + tl.arange(0, ROWS)
     at = pixel.to(tl.int64)[:, None] * C + c[None, :]
     there = (pixel < pixels)[:, None]
     values = tl.load(pooled + at, mask=there, other=0.0).to(tl.float32)
@@ -189,7 +203,7 @@ def gradient_sums_kernel(
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     products = tl.zeros([ROWS, CHANNELS], tl.float32)
     for turn in range(TURNS):
-        pixel = (turn * tl.num_programs(0) + part) * ROWS + tl.arange(0, ROWS)
+        pixel = ((TURNS - 1 - turn) * tl.num_programs(0) + part) * ROWS + tl.arange(0, ROWS)
         at = pixel.to(tl.int64)[:, None] * C + c[None, :]
         there = (pixel < pixels)[:, None]
         values = tl.load(pooled + at, mask=there, other=0.0).to(tl.float32)
@@ -217,21 +231,21 @@ def gradient_kernel(
     IN_HEIGHT: tl.constexpr,
     IN_WIDTH: tl.constexpr,
     POOL: tl.constexpr,
+    GROUPS: tl.constexpr,
     SLOPE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Programs: blocks of windows × blocks of channels × groups. out: the gradient of the images.
+    """Programs: blocks of windows × groups × blocks of channels. out: the gradient of the images.
 
     scale, of_value, of_one: fp32 [groups, C], by which it is made of normalised values' gradient, of the values and of
     one. With POOL a group's windows are numbered over [b, H/2, W/2], rounded up; those at the border that no pixel of
     `pooled` is of get zeros.
     """
-    group = tl.program_id(2).to(tl.int64)
+    block, group, c = _place(C, CHANNELS, GROUPS)
     scale, shift = scale + group * C, shift + group * C
     of_value, of_one = of_value + group * C, of_one + group * C
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    window = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    window = block * ROWS + tl.arange(0, ROWS)
     by, plus = tl.load(scale + c), tl.load(shift + c)
     for_value, for_one = tl.load(of_value + c), tl.load(of_one + c)
     there = window < windows
@@ -241,8 +255,8 @@ def gradient_kernel(
         y, x, corner = _corner(window, IN_HEIGHT, IN_WIDTH, (IN_HEIGHT + 1) // 2, (IN_WIDTH + 1) // 2)
         whole = (there & (y < HEIGHT) & (x < WIDTH))[:, None]
         pixel = (window // (((IN_HEIGHT + 1) // 2) * ((IN_WIDTH + 1) // 2)) * HEIGHT + y) * WIDTH + x
-        before = _group(windows, HEIGHT, WIDTH, (IN_HEIGHT + 1) // 2, (IN_WIDTH + 1) // 2) * C
-        out += _group(windows, IN_HEIGHT, IN_WIDTH, (IN_HEIGHT + 1) // 2, (IN_WIDTH + 1) // 2) * C
+        before = _before(group, windows, HEIGHT, WIDTH, (IN_HEIGHT + 1) // 2, (IN_WIDTH + 1) // 2) * C
+        out += _before(group, windows, IN_HEIGHT, IN_WIDTH, (IN_HEIGHT + 1) // 2, (IN_WIDTH + 1) // 2) * C
         place += before
     else:
         whole = there[:, None]
@@ -289,8 +303,8 @@ def activated_triton(pooled: Tensor, scale: Tensor, shift: Tensor, slope: float 
     groups, channels = scale.shape
     out, pixels = torch.empty_like(pooled), _pixels(pooled.shape, groups)
     with torch.cuda.device_of(pooled):
-        activated_kernel[(*_programs("activated", pixels, channels), groups)](
-            pooled, scale, shift, out, pixels, C=channels, SLOPE=slope, **_block("activated")
+        activated_kernel[(groups * math.prod(_programs("activated", pixels, channels)),)](
+            pooled, scale, shift, out, pixels, C=channels, GROUPS=groups, SLOPE=slope, **_block("activated")
         )
     return out
 
@@ -335,7 +349,7 @@ def gradient_triton(
     halves = 1 if place is None else 2
     windows = len(pooled) // groups * -(-height // halves) * -(-width // halves)
     with torch.cuda.device_of(pooled):
-        gradient_kernel[(*_programs("gradient", windows, channels), groups)](
+        gradient_kernel[(groups * math.prod(_programs("gradient", windows, channels)),)](
             gradient,
             pooled,
             place,
@@ -346,6 +360,7 @@ def gradient_triton(
             out,
             windows,
             **_size(out.shape),
+            GROUPS=groups,
             POOL=place is not None,
             SLOPE=slope,
             **_block("gradient"),

@@ -116,11 +116,6 @@ def _steepness(out: Tensor, activation: str) -> Tensor | float:
     return torch.where(out <= 0, below, 1.0)
 
 
-def _output_by_output(weight: Tensor) -> Tensor:
-    """The weights, with those of all outputs side by side in memory, as the kernel reads them."""
-    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-
-
 def conv(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:
     """`conv_reference` (see there); differentiable, also compiled.
 
@@ -135,7 +130,7 @@ def conv(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddi
     learns = activation == "silu" and any(tensor.requires_grad for tensor in given)  # its value does not tell its slope
     if learns or not runs_on(images):
         return ACTIVATIONS[activation](patches.conv(images, weight, bias, stride, padding))
-    return _conv(images, _output_by_output(weight), bias, stride, padding, activation)
+    return _conv(images, weight, bias, stride, padding, activation)
 
 
 class _ConvTranspose(torch.autograd.Function):
@@ -148,7 +143,7 @@ class _ConvTranspose(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         pixels, weight = ctx.saved_tensors
-        of_pixels = _conv(gradient, _output_by_output(weight), None, *ctx.options)
+        of_pixels = _conv(gradient, weight, None, *ctx.options)
         partial = _gradient(gradient, pixels, pixels, weight.shape[2], *ctx.options)
         of_weight, _ = summed(partial, *weight.shape[1:3])
         return of_pixels, of_weight.to(weight.dtype), None, None, None

@@ -142,7 +142,7 @@ def test_groups_are_as_if_one_came_after_the_other() -> None:
     "kernel", [sums_kernel, activated_kernel, gradient_sums_kernel, gradient_kernel], ids=lambda kernel: kernel.__name__
 )
 def test_kernels_compile_without_a_gpu(kernel, pool: bool, slope: float | None, capability: int) -> None:
-    constants = {"C": 256, "IN_HEIGHT": 15, "IN_WIDTH": 15, "POOL": pool, "SLOPE": slope, "TURNS": 8}
+    constants = {"C": 256, "IN_HEIGHT": 15, "IN_WIDTH": 15, "POOL": pool, "SLOPE": slope, "TURNS": 8, "GROUPS": 2}
     constants |= {"ROWS": 32, "CHANNELS": module.CHANNELS}
     values = {name: value for name, value in constants.items() if name in kernel.arg_names}
     pointers = dict.fromkeys(("images", "pooled", "gradient", "out"), "fp16") | {"place": "u8"}
