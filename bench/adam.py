@@ -1,7 +1,10 @@
 """Adam of weights that are kept in 16 bits: updated in fp32, and cast in the same pass.
 
 A network under autocast keeps its weights in fp32, casts them in each forward pass and gets its gradients in fp32, cast
-as well: of dcgan's 36 million that are 360 MB a step, read or written for nothing else (H200: 140 of 4,100 µs).
+as well: for dcgan's 36 million weights that was 156 µs of a step of 4,050 (H200). `Player` does it to the large weights
+of each network that Adam trains in bf16 with the kernels: also cifar100-cnn's, and the head of resnet50-transfer.
+
+The weights are rounded once more than under autocast: at the start, where their masters are what the 16 bits hold.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LARGE = 1 << 18  # elements of a weight, from which on it is kept in 16 bits: one of fewer is cast in no time
+from .parallel import LARGE
 
 
 def keep_large_in(half: torch.dtype, weights: Iterable[nn.Parameter]) -> None:
-    """Brings large weights to the type `half`, in place; they stay the parameters that they are."""
+    """Brings weights of at least `LARGE` elements to the type `half`, in place; they stay the parameters they are."""
     for weight in weights:
         if weight.numel() >= LARGE:
             weight.data = weight.data.to(half)

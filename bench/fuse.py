@@ -36,7 +36,8 @@ class Replacement(nn.Module):
 class FusedNorm(nn.BatchNorm2d):
     """Batch norm with its activation and pooling, in one; has its parameters and buffers by their names.
 
-    A batch is normalised in `groups` equal parts, each by itself, as if they came one after the other.
+    A batch is normalised in `groups` equal parts, each by itself, as if they came one after the other: running
+    statistics move once for each.
     `num_batches_tracked` stays as it is.
     """
 
@@ -91,7 +92,8 @@ def fuse(network: nn.Module, dtype: torch.dtype) -> None:
 def in_groups(network: nn.Module, groups: int) -> nn.Module | None:
     """A fused `network`, with the same parameters and buffers, for that many equal batches, one behind the other.
 
-    It does to them at once what `network` would do one by one. None where a batch norm is none of the kernels'.
+    It does to them at once what `network` would do one by one, in the mode (training, evaluation) that this was in.
+    None where a batch norm is none of the kernels'.
     """
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     copy = deepcopy(network, shared)
@@ -144,9 +146,9 @@ def _replacement(conv: Convolution, behind: list[nn.Module], dtype: torch.dtype)
     name = _activation_of_first(conv, behind)
     if name is not None and by_patches and dot and first_layer.takes(conv.weight):
         return partial(_first, dtype=dtype, stride=stride, padding=padding, activation=name), 1
-    if conv.out_channels == 1 and padding == 0:
-        return partial(_conv_to_one, stride=stride), 0
-    return (plain, 0) if by_patches else None
+    if by_patches:
+        return plain, 0
+    return (partial(_conv_to_one, stride=stride), 0) if conv.out_channels == 1 and padding == 0 and square else None
 
 
 def _activation_of_first(conv: Convolution, behind: list[nn.Module]) -> str | None:

@@ -7,7 +7,7 @@ got.
 
 Sums are part of the backward graph, whose compiler starts each as soon as its gradients are there, computes what else
 there is and waits for all at the end (`OVERLAP`); uncompiled, they come after the backward pass. A gradient of at least
-`LARGE` bytes travels alone and, under mixed precision, in its 16-bit type: it came out of 16-bit kernels, and sums
+`LARGE` elements travels alone and, under mixed precision, in its 16-bit type: it came out of 16-bit kernels, and sums
 are rounded. All smaller ones of a network travel in fp32, as one bucket.
 
 What ranks do and do not share:
@@ -44,7 +44,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 PATIENCE = timedelta(minutes=30)  # for another rank; a run that falls silent is ended before
-LARGE = 1 << 20  # bytes of a gradient
+LARGE = 1 << 18  # elements of a weight or its gradient: 1 MiB in fp32
 # Options of torch.compile, where there are several ranks: a sum starts as early as it can, and is waited for late.
 OVERLAP: dict[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
@@ -156,14 +156,14 @@ def buckets(gradients: Sequence[Tensor]) -> list[list[int]]:
 
     It goes from the last to the first, so that a bucket is full when the first of its gradients is there.
     """
-    alone = [[place] for place, gradient in enumerate(gradients) if gradient.nbytes >= LARGE]
-    together = [place for place, gradient in enumerate(gradients) if gradient.nbytes < LARGE]
+    alone = [[place] for place, gradient in enumerate(gradients) if gradient.numel() >= LARGE]
+    together = [place for place, gradient in enumerate(gradients) if gradient.numel() < LARGE]
     return sorted(filter(None, [*alone, together]), reverse=True)
 
 
 def sent_as(gradient: Tensor, half: torch.dtype) -> torch.dtype:
     """The type in which a gradient is added up."""
-    return half if gradient.nbytes >= LARGE else gradient.dtype
+    return half if gradient.numel() >= LARGE else torch.promote_types(gradient.dtype, torch.float32)
 
 
 @contextmanager

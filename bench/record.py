@@ -62,6 +62,7 @@ MEASURES: tuple[str, ...] = (
         f"bench/{name}.py"
         for name in (
             *(
+                "adam",
                 "basis",
                 "capture",
                 "child",

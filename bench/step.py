@@ -36,9 +36,9 @@ class Player:
 
     def __init__(self, network: nn.Module, recipe: Recipe, tuning: Tuning, device: torch.device, steps: int) -> None:
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self._coordinates = Coordinates(self.parameters, tuning.compile) if recipe.basis == "frequencies" else None
-        if tuning.kernels and tuning.precision == "bf16" and recipe.optimizer == "adam":
+        if tuning.kernels and tuning.precision == "bf16" and recipe.optimizer == "adam" and recipe.basis == "taps":
             keep_large_in(torch.bfloat16, self.parameters)
+        self._coordinates = Coordinates(self.parameters, tuning.compile) if recipe.basis == "frequencies" else None
         trained = self.parameters if self._coordinates is None else self._coordinates.trained
         self.optimizer = make_optimizer(trained, recipe, tuning)
         self.scaler = torch.amp.GradScaler(device.type, enabled=tuning.precision == "fp16")

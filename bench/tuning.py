@@ -20,7 +20,9 @@ class Tuning:
     compile: bool
     fused_optimizer: bool
     capture: bool  # the whole step, and many of them at a time, as one CUDA graph
-    kernels: bool  # those of `kernels/` that networks can use, in place of what torch.compile makes and cuDNN does
+    # Those of `kernels/` that networks can use, in place of what torch.compile makes and cuDNN does; with them, what
+    # they allow for: dcgan's discriminator judges both its batches at once, and large weights are kept in 16 bits.
+    kernels: bool
     loader: Literal["dali", "torch"]
     deterministic: bool = False  # the same bits each time, on the same machine and from the same seed
     needs_gpu: bool = False

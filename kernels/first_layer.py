@@ -18,7 +18,7 @@ from . import patches
 from .patches_in_registers import (
     LEAK,
     LONGEST,
-    PIECES,
+    MOST_PIECES,
     conv_triton,
     empty_out,
     gradient_triton,
@@ -54,7 +54,7 @@ def takes(weight: Tensor) -> bool:
     if side != other or not 16 <= outputs <= WIDEST or outputs % 8:
         return False
     lines, length = lines_and_length(channels, side)
-    return length <= LONGEST and side // lines <= PIECES
+    return length <= LONGEST and side // lines <= MOST_PIECES
 
 
 def runs_on(images: Tensor) -> bool:
@@ -152,9 +152,9 @@ class _ConvTranspose(torch.autograd.Function):
 def conv_transpose(
     pixels: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, output_padding: int
 ) -> Tensor:
-    """`F.conv_transpose2d` in the pixels' type; differentiable, also compiled; by `patches`, and where kernels run
-    backward by them.
+    """`F.conv_transpose2d` in the pixels' type; differentiable, also compiled.
 
+    By `patches`; its gradients by the kernels where those run.
     pixels: [B, O, HO, WO]. weight: [O, C, K, K], which the kernels take. bias: [C]. Returns [B, C, H, W].
     """
     if not runs_on(pixels):

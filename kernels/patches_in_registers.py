@@ -20,11 +20,10 @@ from torch import Tensor
 COLUMNS, ROWS = 32, 4  # of a tile: a pixel for each of 128 threads
 NARROWEST = 16  # side of a product
 LONGEST = 64  # values of a piece …
-PIECES = 5  # … and pieces of a patch, at most
+MOST_PIECES = 5  # … and pieces of a patch, at most
 LEAK = tl.constexpr(0.2)  # slope of "leaky_relu" below zero
 PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor …
-WIDE = 65  # outputs, from which on it is …
-WIDE_PROGRAMS = 264  # … two
+PROGRAMS_OF_PIECES = 264  # … and of several pieces, whose sums take more registers, two
 STAGES = 3  # … in which tiles are under way, where that gains anything (H200) and shared memory has room for them
 STAGED = range(17, 65)  # outputs, in a 16-bit type
 
@@ -195,7 +194,7 @@ def gradient_kernel(
     order, so that the result is the same each time.
     """
     PIECES: tl.constexpr = SIDE // LINES
-    tl.static_assert(PIECES <= 5, "as many sums as there are below")
+    tl.static_assert(PIECES <= 5, "as many sums as there are below: MOST_PIECES")
     tl.static_assert(ACTIVATION != "silu", "whose slope is not told by its value")
     part = tl.program_id(0)
     o = tl.arange(0, WIDE)
@@ -301,8 +300,8 @@ def gradient_triton(
     gradient: [B, O, HO, WO], of `out`, which is what `conv_triton` gave. activation: not "silu".
     """
     images, gradient, out = (given.contiguous(memory_format=torch.channels_last) for given in (images, gradient, out))
-    turns, _ = turns_and_parts(out)
     shape = partial_shape(out, images.shape[1], side)
+    turns, _ = turns_and_parts(out, shape[1])
     partial = torch.empty(shape, dtype=torch.float32, device=images.device)
     with torch.cuda.device_of(images):
         gradient_kernel[(len(partial),)](
@@ -328,17 +327,18 @@ def _tiles(out: Tensor) -> int:
     return triton.cdiv(out.shape[3], COLUMNS) * triton.cdiv(out.shape[2], ROWS)
 
 
-def turns_and_parts(out: Tensor) -> tuple[int, int]:
+def turns_and_parts(out: Tensor, pieces: int) -> tuple[int, int]:
     """How many tasks each program of a gradient does, and into how many parts they are cut."""
     tasks = len(out) * _tiles(out)
-    turns = triton.cdiv(tasks, WIDE_PROGRAMS if out.shape[1] >= WIDE else PROGRAMS)
+    turns = triton.cdiv(tasks, PROGRAMS_OF_PIECES if pieces == MOST_PIECES else PROGRAMS)
     return turns, triton.cdiv(tasks, turns)
 
 
 def partial_shape(out: Tensor, channels: int, side: int) -> tuple[int, int, int, int]:
     """Of what `gradient_triton` gives."""
     lines, length = lines_and_length(channels, side)
-    return turns_and_parts(out)[1], side // lines, length, out.shape[1]
+    pieces = side // lines
+    return turns_and_parts(out, pieces)[1], pieces, length, out.shape[1]
 
 
 def summed(partial: Tensor, channels: int, side: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from netdyno.bench.workloads import Workload, dcgan, mnist_cnn
 from netdyno.models.cifar10_cnn import Cifar10Cnn
 from netdyno.models.cifar100_cnn import Cifar100Cnn
 from netdyno.models.conv_autoencoder import ConvAutoencoder
-from netdyno.models.dcgan import Dcgan
+from netdyno.models.dcgan import Dcgan, Discriminator
 from netdyno.models.mnist_cnn import MnistCnn
 from netdyno.models.small_cnn import SmallCnn
 from netdyno.models.whitened_cnn import PAIRS, WhitenedCnn
@@ -178,6 +178,26 @@ def test_a_fused_network_trains_the_same_compiled(
     assert found[0][0] != pytest.approx(found[0][2], rel=1e-3)
     for plain, by_kernels in zip(*running, strict=True):
         torch.testing.assert_close(plain, by_kernels, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_with_the_kernels_real_and_generated_images_are_judged_at_once(
+    monkeypatch: pytest.MonkeyPatch, kernels: bool
+) -> None:
+    judged = []
+    forward = Discriminator.forward
+    monkeypatch.setattr(
+        Discriminator, "forward", lambda self, images: judged.append(len(images)) or forward(self, images)
+    )
+    network = Dcgan(width=64, kernel=4)
+    if kernels:
+        fuse(network, torch.float32)
+    tuning = replace(tuned(None), precision="fp32", compile=False, kernels=kernels)
+    workload = dcgan()
+    workload = replace(workload, recipe=replace(workload.quick, batch_size=4))
+    step, _ = make_step(workload, network, tuning, torch.device("cpu"), steps=1)
+    step(torch.rand(4, 3, 64, 64), torch.zeros(4))
+    assert judged == ([8, 4] if kernels else [4, 4, 4])
 
 
 def test_in_groups_is_as_if_one_batch_came_after_the_other() -> None:

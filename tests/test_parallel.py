@@ -79,7 +79,7 @@ assert parallel.seed_of(7) == 7 or me > 0
 
 large = (torch.arange(24.0).view(2, 3, 2, 2) + me).to(memory_format=torch.channels_last)
 gradients = [torch.full((5,), 0.5 * me), large, torch.tensor(1.0), 3 * large[:1]]
-parallel.LARGE = large.nbytes
+parallel.LARGE = large.numel()
 assert parallel.buckets(gradients) == [[1], [0, 2, 3]]
 orders = [parallel.in_memory(gradient) for gradient in gradients]
 assert orders == [[0], [0, 2, 3, 1], [], [0, 2, 3, 1]]
@@ -140,7 +140,7 @@ from netdyno.bench.step import make_step
 from netdyno.bench.tuning import eager
 
 parallel.join(torch.device("cpu"))
-parallel.LARGE = 512  # bytes: the weights of the last layer
+parallel.LARGE = 128  # elements: the weights of the last layer
 torch.set_num_threads(1)
 torch.manual_seed(parallel.rank())
 images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from new_network import COMPILED, CPU, EAGER, TinyCnn, batch_of, tiny_cnn
 from torch import nn
 
+from netdyno.bench import adam
 from netdyno.bench.step import Player, execute, make_optimizer, make_step, one_cycle, why_uncaptured
 from netdyno.bench.tuning import Tuning, t4
 from netdyno.bench.workloads import OpenRecipe, Recipe, ScheduleName, Workload, conv_autoencoder, dcgan
@@ -318,6 +319,28 @@ def test_restart_starts_anew(kind: str) -> None:
     player.restart()
     assert list(player.optimizer.state.values()) == state  # in the same memory, which a captured step holds
     assert run() == first
+
+
+def test_large_weights_that_adam_trains_in_bf16_by_kernels_have_masters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is a sixteenth of what bf16 tells from 1, so sixteen make one; after a restart they do so again."""
+    monkeypatch.setattr(adam, "LARGE", 1)
+    recipe = replace(SGD, optimizer="adam", learning_rate=2**-12)
+    for tuning in (BF16, replace(EAGER, kernels=True), replace(FP16, kernels=True)):
+        assert player_of(recipe, tuning)[1].dtype is torch.float32
+    assert player_of(SGD, replace(BF16, kernels=True))[1].dtype is torch.float32
+    player, weight = player_of(recipe, replace(BF16, kernels=True))
+    assert isinstance(player.optimizer, adam.MasterAdam)
+    for _ in range(2):
+        with torch.no_grad():
+            weight.fill_(1.0)
+        player.restart()
+        path = []
+        for _ in range(24):
+            update(player, weight.float().square().sum())
+            path.append(weight.flatten()[0].item())
+        assert path[0] == 1.0
+        assert path[-1] == pytest.approx(1 - 24 * 2**-12, abs=2**-9)
+        assert path[-1] < 1.0
 
 
 def test_restart_leaves_the_weights_alone() -> None:
