@@ -35,7 +35,8 @@ EAGER = Case(workload="mnist-cnn", suite="quick", tuning="eager", gpus=2)
 
 
 def in_ranks(script: str, *arguments: str, count: int = 2) -> list[str]:
-    """What each of `count` processes prints that run `script` as ranks."""
+    """What each of `count` processes prints that run `script` as ranks, which end at once as those of a run do."""
+    script += "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
