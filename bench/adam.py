@@ -1,8 +1,9 @@
 """Adam of weights that are kept in 16 bits: updated in fp32, and cast in the same pass.
 
 A network under autocast keeps its weights in fp32, casts them in each forward pass and gets its gradients in fp32, cast
-as well: for dcgan's 36 million weights some 150 µs of a step of 4,050 (H200, by kernel). `Player` does it to the large weights
-of each network that Adam trains in bf16 with the kernels: also cifar100-cnn's, dcgan-common's, and the head of resnet50-transfer.
+as well: for dcgan's 36 million weights some 150 µs of a step of 4,050 (H200, by kernel). `Player` does it to the large
+weights of each network that Adam trains in bf16 with the kernels: also cifar100-cnn's, dcgan-common's, and the head of
+resnet50-transfer.
 
 The weights are rounded once more than under autocast: at the start, where their masters are what the 16 bits hold.
 """

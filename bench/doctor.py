@@ -31,7 +31,7 @@ from .record import save_ceilings
 PROBES = (sys.executable, "-m", "netdyno.bench.probes")
 PROBE_S = 300.0  # for one probe; the longest is a compilation, about 30 s on two busy cores
 GPU_MEMORY_GIB = 5.0  # of one process at most: 4.1 GiB (dcgan, tuned, H200)
-HOST_MEMORY_GIB = 4.0  # of one process at most: 3.0 GiB (resnet50-transfer, tuned, H200); a DataLoader's workers come on top
+HOST_MEMORY_GIB = 4.0  # of one process at most: 3.0 GiB (resnet50-transfer, H200); a DataLoader's workers come on top
 DISK_GIB = 2.0  # the image sets take less than 1 GiB, and a download lies beside what it becomes
 SLOWDOWNS = (
     "HwSlowdown",

@@ -392,7 +392,7 @@ def test_memory(place: Place, card: Card, monkeypatch: pytest.MonkeyPatch) -> No
     state, _, advice = check(doctor.memory, place)
     assert (state, advice.split("as much on ")[1]) == ("warn", "the host (4 GiB)")
     card._nvml.answers["nvmlDeviceGetMemoryInfo"].free = 2**30
-    assert check(doctor.memory, place)[2].endswith("on the GPU (4 GiB) and the host (4 GiB)")
+    assert check(doctor.memory, place)[2].endswith("on the GPU (5 GiB) and the host (4 GiB)")
 
 
 def make_set(name: str, folder: Path, **changes: Any) -> None:
