@@ -60,8 +60,8 @@ def speeds(card: Card, workloads: Iterable["Workload"]) -> str:
             "",
             aligned(headers, [False, False, True, True, True, False, True, True, True], lines),
             "",
-            f"Memory is the process's, with {CONTEXT_MIB:,} MiB of libraries; while cuDNN tries its algorithms or generated"
-            f" images are judged it may be up to {ON_TOP_MIB:,} MiB more.",
+            f"Memory is the process's, with {CONTEXT_MIB:,} MiB of libraries; while cuDNN tries its algorithms or"
+            f" generated images are judged it may be up to {ON_TOP_MIB:,} MiB more.",
         ]
     )
 
