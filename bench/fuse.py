@@ -18,7 +18,6 @@ Function = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # of images, weigh
 
 FEW = 4  # channels on one side of a convolution, up to which patches make a better matrix than images
 ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.ELU: "elu"}
-LEAK = first_layer.LEAK.value
 
 
 class Replacement(nn.Module):
@@ -37,8 +36,7 @@ class FusedNorm(nn.BatchNorm2d):
     """Batch norm with its activation and pooling, in one; has its parameters and buffers by their names.
 
     A batch is normalised in `groups` equal parts, each by itself, as if they came one after the other: running
-    statistics move once for each.
-    `num_batches_tracked` stays as it is.
+    statistics move once for each. `num_batches_tracked` stays as it is.
     """
 
     groups = 1
@@ -143,7 +141,7 @@ def _replacement(conv: Convolution, behind: list[nn.Module], dtype: torch.dtype)
         return partial(_pooled, convolve=plain, activation=activation), 2
     if behind and _is_halving(behind[0]):
         return partial(_pooled, convolve=plain, activation=None), 1
-    name = _activation_of_first(conv, behind)
+    name = activation or _activation_of_first(conv, behind)
     if name is not None and by_patches and dot and first_layer.takes(conv.weight):
         return partial(_first, dtype=dtype, stride=stride, padding=padding, activation=name), 1
     if by_patches:
@@ -152,14 +150,12 @@ def _replacement(conv: Convolution, behind: list[nn.Module], dtype: torch.dtype)
 
 
 def _activation_of_first(conv: Convolution, behind: list[nn.Module]) -> str | None:
-    """What `first_layer` calls the activation behind `conv`, where it computes both at once."""
-    if not behind:
-        return None
-    if isinstance(behind[0], nn.SiLU):
-        return None if conv.weight.requires_grad else "silu"
-    if isinstance(behind[0], nn.LeakyReLU):
-        return "leaky_relu" if behind[0].negative_slope == LEAK else None
-    return ACTIVATIONS.get(type(behind[0])) if getattr(behind[0], "alpha", 1.0) == 1.0 else None
+    """The activation behind `conv` that `first_layer` alone computes with it."""
+    if behind and isinstance(behind[0], nn.SiLU) and not conv.weight.requires_grad:
+        return "silu"
+    if behind and isinstance(behind[0], nn.LeakyReLU) and behind[0].negative_slope == first_layer.LEAK.value:
+        return "leaky_relu"
+    return None
 
 
 def _conv_to_one(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cards import CARDS, Card
-from .project import CONTEXT_MIB, ON_TOP_MIB, PUBLISHED, interval_factor, predict, project
+from .project import CONTEXT_MIB, PUBLISHED, TRIALS_MIB, interval_factor, predict, project
 from .roofline import STEPS, work
 from .table import MISSING, aligned, figure
 
@@ -60,8 +60,8 @@ def speeds(card: Card, workloads: Iterable["Workload"]) -> str:
             "",
             aligned(headers, [False, False, True, True, True, False, True, True, True], lines),
             "",
-            f"Memory is the process's, with {CONTEXT_MIB:,} MiB of libraries; while cuDNN tries its algorithms or"
-            f" generated images are judged it may be up to {ON_TOP_MIB:,} MiB more.",
+            f"Memory is the process's, with {CONTEXT_MIB:,} MiB of libraries; while cuDNN tries its algorithms it may"
+            f" be up to {TRIALS_MIB:,} MiB more.",
         ]
     )
 

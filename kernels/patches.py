@@ -46,9 +46,8 @@ def conv_transpose(
     pixels: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, output_padding: int
 ) -> Tensor:
     """`F.conv_transpose2d`; channels last. pixels: [B, O, HO, WO]. weight: [O, C, KH, KW], square. bias: [C]."""
-    height, width = (
-        (size - 1) * stride - 2 * padding + len(weight[0, 0]) + output_padding for size in pixels.shape[2:]
-    )
+    side = weight.shape[2]
+    height, width = ((size - 1) * stride - 2 * padding + side + output_padding for size in pixels.shape[2:])
     images = images_under(pixels, weight, stride, padding, height, width)
     return images if bias is None else images + bias.to(images.dtype)[:, None, None]
 

@@ -23,7 +23,7 @@ LONGEST = 64  # values of a piece …
 MOST_PIECES = 5  # … and pieces of a patch, at most
 LEAK = tl.constexpr(0.2)  # slope of "leaky_relu" below zero
 PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor …
-PROGRAMS_OF_PIECES = 264  # … and of several pieces, whose sums take more registers, two
+PROGRAMS_OF_MOST = 264  # … and of the most pieces, whose sums take more registers, two
 STAGES = 3  # … in which tiles are under way, where that gains anything (H200) and shared memory has room for them
 STAGED = range(17, 65)  # outputs, in a 16-bit type
 
@@ -330,7 +330,7 @@ def _tiles(out: Tensor) -> int:
 def turns_and_parts(out: Tensor, pieces: int) -> tuple[int, int]:
     """How many tasks each program of a gradient does, and into how many parts they are cut."""
     tasks = len(out) * _tiles(out)
-    turns = triton.cdiv(tasks, PROGRAMS_OF_PIECES if pieces == MOST_PIECES else PROGRAMS)
+    turns = triton.cdiv(tasks, PROGRAMS_OF_MOST if pieces == MOST_PIECES else PROGRAMS)
     return turns, triton.cdiv(tasks, turns)
 
 

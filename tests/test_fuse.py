@@ -177,7 +177,7 @@ def test_a_fused_network_trains_the_same_compiled(
     assert found[0] == pytest.approx(found[1], rel=1e-3)
     assert found[0][0] != pytest.approx(found[0][2], rel=1e-3)
     for plain, by_kernels in zip(*running, strict=True):
-        torch.testing.assert_close(plain, by_kernels, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(plain, by_kernels, rtol=5e-3, atol=5e-4)
 
 
 @pytest.mark.parametrize("kernels", [False, True])

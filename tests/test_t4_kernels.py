@@ -1,4 +1,7 @@
-"""Every Triton kernel that torch.compile makes of the six networks compiles for a T4 (sm_75), without a GPU."""
+"""Every Triton kernel that torch.compile made of the six networks compiles for a T4 (sm_75), without a GPU.
+
+As they were when t4_kernels.json was collected; what a network has changed since is not in it.
+"""
 
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
