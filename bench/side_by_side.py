@@ -7,7 +7,8 @@ own, by `runner.run`.
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 
 from .runner import Post
 from .workloads import Case
@@ -22,9 +23,12 @@ def spread(cases: Iterable[tuple[int, Case]], cards: Sequence[str], run: Callabl
     waiting = deque(cases)
     running: dict[int, tuple[str, list[str]]] = {}  # card → its case, and what runs beside that
     lock = threading.Lock()
+    begin = threading.Event()  # set when the pool knows all its threads, so that it waits for each that runs a case
     stop = threading.Event()
+    ended: SimpleQueue[Future[None]] = SimpleQueue()  # unlike `as_completed`, whole when Ctrl-C comes while it waits
 
     def serve(card: int) -> None:
+        begin.wait()
         while not stop.is_set():
             with lock:
                 if not waiting:
@@ -43,7 +47,11 @@ def spread(cases: Iterable[tuple[int, Case]], cards: Sequence[str], run: Callabl
 
     with ThreadPoolExecutor(len(cards)) as pool:
         try:
-            for served in as_completed([pool.submit(serve, card) for card in range(len(cards))]):
-                served.result()
+            for card in range(len(cards)):
+                pool.submit(serve, card).add_done_callback(ended.put)
+            begin.set()
+            for _ in cards:
+                ended.get().result()
         finally:
             stop.set()
+            begin.set()

@@ -3,6 +3,8 @@
 import signal
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -76,6 +78,7 @@ def test_ctrl_c_reaches_every_card() -> None:
 
     def run(number: int, case: Case, post: Post) -> None:
         if both.wait(PATIENCE_S) == 0:
+            time.sleep(0.1)  # CPython heeds a signal that comes just before a thread waits only after the wait
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it up, as a terminal's does
         assert post.stop.wait(PATIENCE_S)
         time.sleep(0.1)  # its record is written
@@ -85,3 +88,20 @@ def test_ctrl_c_reaches_every_card() -> None:
     with pytest.raises(KeyboardInterrupt):
         spread(cases(5), CARDS, run)
     assert sorted(ended) == [0, 1]
+
+
+def test_ctrl_c_while_the_threads_start_lets_no_case_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+
+    class Interrupted(ThreadPoolExecutor):
+        def submit(self, serve: Callable[[int], None], /, card: int) -> Future[None]:  # type: ignore[override]
+            served = super().submit(serve, card)
+            if card == 1:
+                begun.wait(0.2)  # time enough for a case that does not wait
+                raise KeyboardInterrupt
+            return served
+
+    monkeypatch.setattr("netdyno.bench.side_by_side.ThreadPoolExecutor", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        spread(cases(2), CARDS, lambda number, case, post: begun.set())
+    assert not begun.is_set()
