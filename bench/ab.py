@@ -4,6 +4,7 @@ Each commit is checked out into a git worktree and runs its own code there, with
 alternate, A B, B A, A B …, so that a drift of the machine falls on both sides alike. Pair k has seed k on both sides:
 speed does not depend on it, and accuracy is judged over seeds. `regress.compare` looks at most `LOOKS` times, each time
 at its share of the error rate: to stop as soon as something looks significant would call a change far too often.
+Where runs spread, that nothing became slower is not believed before there are enough of them to see 5 %.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -24,9 +25,12 @@ from pathlib import Path
 
 from .errors import UserError
 from .gate import FAILED, UNDECIDED, exit_code, read_records, resolve
-from .regress import Comparison, compare, repeats_needed
+from .regress import SPEED, Comparison, Record, compare, repeats_needed
 
 LOOKS = 4
+SHARP = (
+    0.025  # margin of a speed for 5 % not to be missed: an effect's standard deviation is 0.4 margins, roughly known
+)
 MODES = ("e2e", "compute", "loader")
 SUITES = ("quick", "full", "source", "ladder", "open")
 MEASURED = ("bench", "kernels", "models")  # folders whose changes can change a measurement
@@ -125,7 +129,7 @@ def ab(ref_a: str, ref_b: str, contest: Contest, report: Report, repository: Pat
             sides = [(a, folders[0]), (b, folders[1])]
             for side, results in sides if pair % 2 == 0 else reversed(sides):
                 run_side(side, contest, seed=pair, results=results)
-            comparison = compare(*(read_records(str(path), path) for path in folders), looks=LOOKS)
+            comparison = judge(*(read_records(str(path), path) for path in folders))
             report(progress(comparison, pair + 1, contest.repeats))
             over = pair + 1 == contest.repeats or time.monotonic() > end
             if over or hopeless(comparison) or (pair + 1 in looks_at(comparison) and decided(comparison)):
@@ -148,6 +152,11 @@ def run_side(side: Checkout, contest: Contest, *, seed: int, results: Path, repe
         raise UserError(f"commit {side.commit[:12]} cannot run {contest.workload}: {last.removeprefix('netdyno: ')}")
 
 
+def judge(a: Iterable[Record], b: Iterable[Record]) -> Comparison:
+    """`compare` for one of `LOOKS` looks at runs that take turns."""
+    return compare(a, b, by_turns=True, looks=LOOKS)
+
+
 def looks_at(comparison: Comparison) -> list[int]:
     """After how many pairs the verdicts are looked at, the last look apart: it is where repeats or time end."""
     levels = [verdict.level for verdict in comparison.verdicts if verdict.level is not None]
@@ -156,7 +165,11 @@ def looks_at(comparison: Comparison) -> list[int]:
 
 
 def decided(comparison: Comparison) -> bool:
-    return not comparison.called("AMBIGUOUS")
+    """Whether each verdict is clear, and none that a speed is the same is of runs that could not show otherwise."""
+    blunt = any(
+        row.quantity in SPEED and row.margin is not None and row.margin > SHARP for row in comparison.called("SAME")
+    )
+    return not comparison.called("AMBIGUOUS") and (not blunt or bool(comparison.called("REGRESSION")))
 
 
 def hopeless(comparison: Comparison) -> bool:

@@ -13,7 +13,10 @@ When a change is called, REGRESSION or IMPROVEMENT, all three must hold:
 2. *Beyond the margin.* The effect, the median of all ratios new ÷ old (Hodges and Lehmann 1963), is larger than the
    range from the 10th to the 90th percentile of the old side's own runs, and than the quantity's `floor`. The range is
    not divided by the root of the number of runs: sessions differ more than runs of one session, and repeats don't
-   average that out.
+   average that out. Where both sides ran by turns they do: then it is the range × √(1/old runs + 1/new runs).
+   From as many pairs on as can reach the level, those are judged instead, which no drift touches: by the exact
+   permutation test of signed ranks and the median of all means of two pairs' ratios (Wilcoxon 1945, Hodges and Lehmann
+   1963), with the range of the pairs' ratios ÷ √pairs.
 3. *Not the clock's.* Where the GPU's clocks differ, times in clock cycles say the same. A regression in only one of
    the two is AMBIGUOUS, an improvement in only one is SAME.
 
@@ -49,6 +52,7 @@ WIDEST_MARGIN = 0.5  # runs that spread more can't show that nothing changed
 CLOCKS_DIFFER = 0.01  # as a share of the clock
 CASE = ("workload", "division", "tuning", "mode", "suite", "gpus", "scaling")
 RECIPE = "recipe's "
+SPEED = ("throughput", "step time")
 OF_ANY_RECIPE = ("time to target", "final metric")  # what a workload is judged by when its recipe changes
 
 
@@ -387,12 +391,18 @@ class Test(NamedTuple):
 
 
 def compare(
-    old: Iterable[Record], new: Iterable[Record], *, noise: Iterable[Record] | None = None, looks: int = 1
+    old: Iterable[Record],
+    new: Iterable[Record],
+    *,
+    noise: Iterable[Record] | None = None,
+    by_turns: bool = False,
+    looks: int = 1,
 ) -> Comparison:
     """Every case of `old` against the same case of `new`.
 
     Args:
         noise: runs of the same cases, without a change among them, from which the margins come instead of from `old`.
+        by_turns: whether the runs of `old` and `new` alternated, so that a drift of the machine fell on both alike.
         looks: how often the caller looks at growing samples before it stops; shares out `ALPHA`.
     """
     olds, news = sides(old), sides(new)
@@ -409,7 +419,7 @@ def compare(
         verdicts += _whole(side, other, found)
         tests += [_test(quantity, side, other, calm.get(key, side)) for quantity in found]
     level = ALPHA / looks / max(1, sum(test.quantity.decides for test in tests))
-    verdicts += [_judge(test, level) for test in tests]
+    verdicts += [_judge(test, level, by_turns) for test in tests]
     places = {(side.machine, side.case): place for place, side in enumerate(olds.values())}
     verdicts.sort(key=lambda verdict: places[verdict.machine, verdict.case])
     notes = [
@@ -488,7 +498,7 @@ def comparable(old: Side, new: Side) -> list[Quantity]:
     return free if len(free) == len(OF_ANY_RECIPE) and all(name.startswith(RECIPE) for name in differing) else []
 
 
-def _judge(test: Test, level: float) -> Verdict:
+def _judge(test: Test, level: float, by_turns: bool) -> Verdict:
     quantity = test.quantity
     verdict = Verdict(
         machine=test.old.machine,
@@ -509,14 +519,15 @@ def _judge(test: Test, level: float) -> Verdict:
     )
     if lacking:
         return replace(verdict, reason=f"{lacking} of {len(test.new.runs)} runs have no such number")
-    margin = _margin(test, len(old), len(new))
-    decision = decide(quantity, old, new, margin=margin, level=level)
+    paired = by_turns and quantity.sample is None and len(old) == len(new) and 2 / 2 ** len(old) <= level
+    margin = _margin_of_pairs(quantity, old, new) if paired else _margin(test, len(old), len(new), by_turns)
+    decision = decide(quantity, old, new, margin=margin, level=level, paired=paired)
     verdict = replace(verdict, margin=margin, **decision._asdict())
     clock = _clock_ratio(test) if quantity.clocked else 1.0
     if abs(clock - 1) > CLOCKS_DIFFER:
         cycles = [[_per_clock(quantity, run) for run in side.runs] for side in (test.old, test.new)]
         old, new = _samples(quantity, test.old, cycles[0]), _samples(quantity, test.new, cycles[1])
-        by_clock = decide(quantity, old, new, margin=margin, level=level)
+        by_clock = decide(quantity, old, new, margin=margin, level=level, paired=paired and len(old) == len(new))
         clocks = f"the clock was {abs(clock - 1):.1%} {'higher' if clock > 1 else 'lower'}"
         if by_clock.verdict != decision.verdict:
             reason = f"{clocks}; {decision.verdict} in time, {by_clock.verdict} in clock cycles"
@@ -537,7 +548,7 @@ def _samples(quantity: Quantity, side: Side, values: Sequence[float | None]) -> 
     return np.array([statistics.median(group) for group in groups.values()])
 
 
-def _margin(test: Test, old_count: int, new_count: int) -> float:
+def _margin(test: Test, old_count: int, new_count: int, by_turns: bool) -> float:
     """The smallest effect that is called: see the module's docstring; as a share, or a difference in the unit."""
     quantity = test.quantity
     every_run = replace(quantity, sample=None)
@@ -549,9 +560,20 @@ def _margin(test: Test, old_count: int, new_count: int) -> float:
         both = ((test.old, test.old_values), (test.new, test.new_values))
         runs = [_scaled(quantity, _samples(every_run, side, values)) for side, values in both]
         noise = np.concatenate([side - np.median(side) for side in runs])
-    low, high = np.quantile(noise, (0.1, 0.9), method="weibull")  # of few runs nearly their range
-    spread = float(high - low) * (math.sqrt(1 / old_count + 1 / new_count) if over_seeds else 1.0)
+    averaged = over_seeds or by_turns
+    spread = _range(noise) * (math.sqrt(1 / old_count + 1 / new_count) if averaged else 1.0)
     return max(quantity.floor, _unscaled(quantity, spread))
+
+
+def _margin_of_pairs(quantity: Quantity, old: Floats, new: Floats) -> float:
+    spread = _range(_scaled(quantity, new) - _scaled(quantity, old)) / math.sqrt(len(old))
+    return max(quantity.floor, _unscaled(quantity, spread))
+
+
+def _range(values: Floats) -> float:
+    """From the 10th to the 90th percentile; of few values nearly the whole."""
+    low, high = np.quantile(values, (0.1, 0.9), method="weibull")
+    return float(high - low)
 
 
 def _scaled(quantity: Quantity, values: Floats) -> Floats:
@@ -585,13 +607,21 @@ class Decision(NamedTuple):
     p_value: float
 
 
-def decide(quantity: Quantity, old: Floats, new: Floats, *, margin: float, level: float) -> Decision:
-    """The rule for one quantity, of samples that are finite and not empty."""
-    ratios = np.sort(np.subtract.outer(_scaled(quantity, new), _scaled(quantity, old)), axis=None)
-    cut = _interval_cut(len(old), len(new))
+def decide(
+    quantity: Quantity, old: Floats, new: Floats, *, margin: float, level: float, paired: bool = False
+) -> Decision:
+    """The rule for one quantity, of samples that are finite and not empty; `paired` where they are one by one."""
+    old, new = _scaled(quantity, old), _scaled(quantity, new)
+    if paired:
+        ratios = _means_of_two(new - old)
+        cut = _interval_cut_of_pairs(len(old))
+        less, greater = signed_rank_test(new - old)
+    else:
+        ratios = np.sort(np.subtract.outer(new, old), axis=None)
+        cut = _interval_cut(len(old), len(new))
+        less, greater = rank_test(old, new)
     effect = _unscaled(quantity, (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2)
     low, high = (_unscaled(quantity, ratios[cut - 1]), _unscaled(quantity, ratios[-cut])) if cut else (None, None)
-    less, greater = rank_test(old, new)
     worse_p, better_p = (less, greater) if quantity.higher_is_better else (greater, less)
     p_value = worse_p if quantity.one_sided else min(1.0, 2 * min(worse_p, better_p))
     worse = (effect < 0) == quantity.higher_is_better and effect != 0
@@ -623,7 +653,7 @@ def decide(quantity: Quantity, old: Floats, new: Floats, *, margin: float, level
     return decision("SAME", "significant, but within the margin" if p_value <= level else "no change beyond the margin")
 
 
-# The rank test
+# The rank tests
 
 
 def rank_test(old: Floats, new: Floats) -> tuple[float, float]:
@@ -670,3 +700,40 @@ def _interval_cut(old_count: int, new_count: int) -> int:
     """Which smallest and largest of all ratios bound the 95 % interval of their median; 0 where none does."""
     shares = _rank_sums((1,) * (old_count + new_count), new_count)[new_count * (new_count + 1) :: 2]
     return int((np.cumsum(shares) <= 0.025).sum())
+
+
+def signed_rank_test(differences: Floats) -> tuple[float, float]:
+    """Exact one-sided p-values of the permutation test of signed ranks: of so much less than 0, of so much more.
+
+    Wilcoxon 1945; a difference of 0 is left out, ties have mid-ranks.
+    """
+    found = differences[differences != 0]
+    _, place, counts = np.unique(np.abs(found), return_inverse=True, return_counts=True)
+    ranks = (2 * np.cumsum(counts) - counts + 1)[place]  # twice the mid-ranks, which are whole numbers
+    shares = _signed_sums(tuple(sorted(ranks.tolist())))
+    total = int(ranks[found > 0].sum())
+    return min(1.0, float(shares[: total + 1].sum())), min(1.0, float(shares[total:].sum()))
+
+
+@lru_cache(maxsize=4096)
+def _signed_sums(ranks: tuple[int, ...]) -> Floats:
+    """The probability of each sum of those ranks that are positive, each being so by the toss of a coin."""
+    shares = np.zeros(sum(ranks) + 1)
+    shares[0] = 1
+    for rank in ranks:
+        with_it = np.zeros_like(shares)
+        with_it[rank:] = shares[: len(shares) - rank]
+        shares = (shares + with_it) / 2
+    return shares
+
+
+def _means_of_two(values: Floats) -> Floats:
+    """The means of any two of `values`, each with itself too, in order."""
+    one, other = np.triu_indices(len(values))
+    return np.sort((values[one] + values[other]) / 2)
+
+
+@lru_cache(maxsize=4096)
+def _interval_cut_of_pairs(count: int) -> int:
+    """Which smallest and largest of all means of two bound the 95 % interval of their median; 0 where none does."""
+    return int((np.cumsum(_signed_sums(tuple(range(1, count + 1)))) <= 0.025).sum())

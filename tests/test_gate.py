@@ -455,7 +455,8 @@ def test_the_gate_runs_the_code_of_the_target_branch() -> None:
 def test_a_calibration_tells_margins_rates_and_detection(tmp_path: Path) -> None:
     (side,) = calibration.sides(session(40)).values()
     found = calibration.calibrate(side, gates=20, planted_gates=10)
-    assert (found.runs, found.calm.wrong, found.planted[0.1].detected) == (40, 0.0, 1.0)
+    for rates in (found.gates, found.contests):
+        assert (found.runs, rates[0.0].wrong, rates[0.1].detected) == (40, 0.0, 1.0)
     assert found.margins["throughput"] == pytest.approx(0.01, abs=0.003)
     text = calibration.to_markdown([found])
     assert "| slower by | 1% | 2% |" in text
@@ -476,5 +477,5 @@ def test_a_calibration_writes_its_section(tmp_path: Path, monkeypatch: pytest.Mo
     assert "![Detection against effect](detection.svg)" in text
     assert (tmp_path / "detection.svg").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="there are no records"):
+    with pytest.raises(UserError, match="there are no 40 runs of one case"):
         calibration.main(str(tmp_path / "empty"), page)

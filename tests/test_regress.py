@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from made_up_records import CPU, DRAWN, accuracy, make
 
-from netdyno.bench import regress
-from netdyno.bench.calibration import rates, slowed
+from netdyno.bench import ab, regress
+from netdyno.bench.calibration import contest, gate_rates, slowed
 from netdyno.bench.record import save
-from netdyno.bench.regress import ALPHA, Comparison, Verdict, compare, rank_test, repeats_needed
+from netdyno.bench.regress import ALPHA, Comparison, Verdict, compare, rank_test, repeats_needed, signed_rank_test
 
 Noise = Callable[[np.random.Generator, int], np.ndarray]
 
@@ -107,6 +107,32 @@ def test_the_margin_is_the_range_of_the_old_runs() -> None:
     """Of 1 … 19 %, the 10th percentile (Weibull's position 0.1 · 20 = 2) is the second, the 90th the eighteenth."""
     row = of(compare(runs([math.exp(number / 100) for number in range(1, 20)]), runs([1.0] * 7, 20)))
     assert row.margin == pytest.approx(math.expm1(0.16))
+
+
+def test_the_margin_of_runs_that_took_turns_narrows_with_them() -> None:
+    """A drift of the machine falls on both sides alike, so that repeats average the rest out."""
+    values = [1000.0] * 3 + [1100.0] * 15 + [1210.0] * 2
+    calm, turns = (of(compare(runs(values), runs(values[8:]), by_turns=by_turns)) for by_turns in (False, True))
+    assert calm.margin == pytest.approx(math.expm1(math.log(1.21) - 0.1 * math.log(1.1)), rel=0.2)
+    assert math.log1p(turns.margin) == pytest.approx(math.log1p(calm.margin) * math.sqrt(1 / 20 + 1 / 12))
+    alike = of(compare(runs([1000.0] * 20), runs([1000.0] * 20), by_turns=True))
+    assert alike.margin == 0.01  # never below the floor
+
+
+def test_pairs_are_judged_by_their_ratios_whatever_the_machine_did_meanwhile() -> None:
+    """Sixteen pairs on a machine that slows down by a third: 3 % are seen, once they may be told from its drift."""
+    drift = [1000.0 * 0.975**pair for pair in range(16)]
+    slower = [0.97 * speed * (1.002 if pair % 2 else 0.998) for pair, speed in enumerate(drift)]
+    alone, turns = (
+        of(compare(runs(drift, accuracy=None), runs(slower, accuracy=None), by_turns=by_turns))
+        for by_turns in (False, True)
+    )
+    assert alone.verdict == "SAME"
+    assert (turns.verdict, turns.margin) == ("REGRESSION", 0.01)
+    assert turns.effect == pytest.approx(-0.03, abs=0.001)
+    assert turns.low is not None
+    assert turns.high is not None
+    assert -0.033 < turns.low < turns.high < -0.027
 
 
 def test_few_old_runs_share_the_spread_of_the_new_ones() -> None:
@@ -443,13 +469,29 @@ def test_the_rank_test_is_exact_with_ties_too(old: list[float], new: list[float]
     assert rank_test(np.array(old), np.array(new)) == pytest.approx(by_hand(old, new))
 
 
-def test_the_interval_covers_a_shift_as_often_as_it_says() -> None:
+@pytest.mark.parametrize(
+    "differences", [[3, 1, 2, 5], [3, -1, 2, -5, 4], [1, 1, -1, 2, -2, 3], [0, 0, 2, -1], [0.0] * 3]
+)
+def test_the_test_of_pairs_is_exact_with_ties_too(differences: list[float]) -> None:
+    found = [one for one in differences if one]
+    ranks = [sum((abs(two) < abs(one)) + (abs(two) == abs(one)) / 2 for two in found) + 0.5 for one in found]
+    seen = sum(rank for rank, one in zip(ranks, found, strict=True) if one > 0)
+    sums = [
+        sum(rank for rank, sign in zip(ranks, signs, strict=True) if sign)
+        for signs in product((0, 1), repeat=len(found))
+    ]
+    expected = sum(one <= seen for one in sums) / len(sums), sum(one >= seen for one in sums) / len(sums)
+    assert signed_rank_test(np.array(differences)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_interval_covers_a_shift_as_often_as_it_says(paired: bool) -> None:
     random = np.random.default_rng(5)
     quantity = regress.QUANTITIES[0]
     inside = 0
     for _ in range(400):
         old, new = np.exp(0.1 * random.standard_normal(8)), 0.9 * np.exp(0.1 * random.standard_normal(8))
-        decision = regress.decide(quantity, old, new, margin=0.01, level=0.01)
+        decision = regress.decide(quantity, old, new, margin=0.01, level=0.01, paired=paired)
         assert decision.low is not None
         assert decision.high is not None
         inside += decision.low <= -0.1 <= decision.high
@@ -574,12 +616,54 @@ def test_a_disturbed_baseline_sees_less_and_is_wrong_no_more_often() -> None:
 def test_recorded_runs_calibrate_the_gate(noise: Noise) -> None:
     """As noise that was really recorded is judged: margins of one half, gates of 7 against 7 of the other."""
     made = session(noise, np.random.default_rng(9), 40)
-    calm = rates(made[1::2], made[::2], gates=300)
+    calm = gate_rates(made[1::2], made[::2], gates=300)
     assert calm.wrong <= 0.01
-    planted = [rates(made[1::2], made[::2], gates=60, effect=effect).detected for effect in (0.01, 0.05, 0.1)]
+    planted = [gate_rates(made[1::2], made[::2], gates=60, effect=effect).detected for effect in (0.01, 0.05, 0.1)]
     assert planted[0] < 0.5
     assert planted[1] >= 0.95
     assert planted[2] == 1.0
+
+
+def by_turns(noise: Noise, random: np.random.Generator, *, times: float, effect: float) -> Comparison:
+    """A contest of 24 pairs, A B, B A …, on a machine that is so many times as noisy; B is slower by `effect`."""
+    made = session(lambda drawn, count: times * noise(drawn, count), random, 48)
+    a = [made[run] for run in range(48) if run % 4 in (0, 3)]
+    b = [slowed(made[run], effect) for run in range(48) if run % 4 in (1, 2)]
+    return contest(a, b)
+
+
+@pytest.mark.parametrize("noise", NOISES, ids=lambda noise: noise.__name__)
+def test_one_contest_in_a_hundred_at_most_is_wrong(noise: Noise) -> None:
+    random = np.random.default_rng(11)
+    for times in (1, 3):
+        ends = [by_turns(noise, random, times=times, effect=0.0) for _ in range(200)]
+        assert sum(bool(end.called("REGRESSION") or end.called("IMPROVEMENT")) for end in ends) <= 2
+
+
+@pytest.mark.parametrize(
+    "noise", [noise for noise in NOISES if noise is not disturbed], ids=lambda noise: noise.__name__
+)
+def test_contests_do_not_miss_five_percent_on_a_noisy_machine(noise: Noise) -> None:
+    """Which gates do: their margin is the spread. At three times the noise some are undecided after 24 pairs."""
+    random = np.random.default_rng(12)
+    for times, least_seen in ((2.5, 95), (3, 85)):
+        ends = [by_turns(noise, random, times=times, effect=0.05) for _ in range(100)]
+        seen = [any(row.quantity in regress.SPEED for row in end.called("REGRESSION")) for end in ends]
+        missed = [not end.called("AMBIGUOUS") and not found for end, found in zip(ends, seen, strict=True)]
+        assert sum(seen) >= least_seen
+        assert sum(missed) <= 2
+
+
+def test_a_contest_is_decided_when_five_percent_would_have_been_seen() -> None:
+    def judged(pairs: int, spread: float, ratio: float = 1.0) -> Comparison:
+        a, b = steady(pairs, spread=spread), steady(pairs, 1000 * ratio, seed=1, spread=spread)
+        return ab.judge(runs(a, accuracy=None), runs(b, first=pairs, accuracy=None))
+
+    assert ab.decided(judged(7, 0.003))
+    assert not judged(7, 0.04).called("AMBIGUOUS")
+    assert not ab.decided(judged(7, 0.04))  # the same, as far as so few runs can tell
+    assert ab.decided(judged(40, 0.04))
+    assert ab.decided(judged(7, 0.04, 0.7))  # a regression is one with any margin
 
 
 def test_a_rule_without_its_parts_would_fail_here() -> None:
