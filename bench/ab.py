@@ -4,12 +4,13 @@ Each commit is checked out into a git worktree and runs its own code there, with
 alternate, A B, B A, A B …, so that a drift of the machine falls on both sides alike. Pair k has seed k on both sides:
 speed does not depend on it, and accuracy is judged over seeds. `regress.compare` looks at most `LOOKS` times, each time
 at its share of the error rate: to stop as soon as something looks significant would call a change far too often.
-Where runs spread, that nothing became slower is not believed before there are enough of them to see 5 %.
+Where runs spread, that nothing became slower is AMBIGUOUS until there are enough of them to see 5 %.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .gate import FAILED, UNDECIDED, exit_code, read_records, resolve
-from .regress import SPEED, Comparison, Record, compare, repeats_needed
+from .regress import SPEED, Comparison, Record, Verdict, compare, repeats_needed
 
 LOOKS = 4
 SHARP = (
@@ -153,8 +154,22 @@ def run_side(side: Checkout, contest: Contest, *, seed: int, results: Path, repe
 
 
 def judge(a: Iterable[Record], b: Iterable[Record]) -> Comparison:
-    """`compare` for one of `LOOKS` looks at runs that take turns."""
-    return compare(a, b, by_turns=True, looks=LOOKS)
+    """`compare` for one of `LOOKS` looks at runs that take turns, and what might be missed besides.
+
+    That a speed is the same is AMBIGUOUS where 5 % might not have been seen, unless something became worse anyway.
+    """
+    comparison = compare(a, b, by_turns=True, looks=LOOKS)
+    if comparison.called("REGRESSION"):
+        return comparison
+    return replace(comparison, verdicts=tuple(_unless_blunt(row) for row in comparison.verdicts))
+
+
+def _unless_blunt(row: Verdict) -> Verdict:
+    if row.verdict != "SAME" or row.quantity not in SPEED or row.margin is None or row.margin <= SHARP:
+        return row
+    pairs = math.ceil(row.new_runs * (row.margin / SHARP) ** 2)
+    reason = f"{row.reason}, but 5 % might not have been seen: that takes about {pairs} pairs"
+    return replace(row, verdict="AMBIGUOUS", reason=reason)
 
 
 def looks_at(comparison: Comparison) -> list[int]:
@@ -165,11 +180,7 @@ def looks_at(comparison: Comparison) -> list[int]:
 
 
 def decided(comparison: Comparison) -> bool:
-    """Whether each verdict is clear, and none that a speed is the same is of runs that could not show otherwise."""
-    blunt = any(
-        row.quantity in SPEED and row.margin is not None and row.margin > SHARP for row in comparison.called("SAME")
-    )
-    return not comparison.called("AMBIGUOUS") and (not blunt or bool(comparison.called("REGRESSION")))
+    return not comparison.called("AMBIGUOUS")
 
 
 def hopeless(comparison: Comparison) -> bool:

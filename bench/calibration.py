@@ -2,9 +2,10 @@
 
 `python -m netdyno.bench.calibration RECORDS` takes the runs of each case in RECORDS (at least 40, by one code on one
 machine), splits them by turns into two halves, takes the margins from one half, and draws gates of 7 against 7 runs
-from the other. Contests of `ab` are drawn too: of pairs of runs that followed one another, either of which is A. It
-writes the rates of wrong verdicts and the curves of detection against effect between the markers of docs/regression.md,
-and a plot beside it. Cases of fewer runs are passed over. Needs no torch and no GPU.
+from the other. Contests of `ab` are played too, of the pairs of runs that followed one another, in any order and with
+either run as A: their rates are those of this one recording. It writes the rates of wrong verdicts and the curves of
+detection against effect between the markers of docs/regression.md, and a plot beside it. Cases of fewer runs are passed
+over. Needs no torch and no GPU.
 """
 
 from __future__ import annotations
@@ -88,15 +89,18 @@ def gate_rates(runs: Sequence[Record], noise: Sequence[Record], *, gates: int, e
 
 
 def contest_rates(runs: Sequence[Record], *, contests: int, effect: float = 0.0) -> Rates:
-    """Contests of `ab`, of the pairs of runs that followed one another, oldest first; B is slower by `effect`."""
+    """Contests of `ab` over the pairs of `runs`, oldest first, that followed one another; B is slower by `effect`.
+
+    Drawn are the order of the pairs and which run of each is A.
+    """
     pairs = list(zip(runs[::2], runs[1::2], strict=False))
 
     def drawn(random: np.random.Generator) -> Comparison:
         a, b = [], []
-        for place in random.permutation(len(pairs))[:PAIRS]:
-            first, second = pairs[place] if random.random() < 0.5 else pairs[place][::-1]
-            a.append(first)
-            b.append(slowed(second, effect))
+        for seed in random.permutation(len(pairs)).tolist():
+            first, second = pairs[seed] if random.random() < 0.5 else pairs[seed][::-1]
+            a.append(of_seed(first, seed))
+            b.append(slowed(of_seed(second, seed), effect))
         return contest(a, b)
 
     return _rates(drawn, contests)
@@ -121,6 +125,11 @@ def _rates(drawn: Callable[[np.random.Generator], Comparison], count: int) -> Ra
         undecided += not changes and bool(comparison.called("AMBIGUOUS") or comparison.called("MISSING"))
         detected += any(row.verdict == "REGRESSION" and row.quantity in SPEED for row in changes)
     return Rates(count=count, wrong=wrong / count, undecided=undecided / count, detected=detected / count)
+
+
+def of_seed(record: Record, seed: int) -> dict[str, Any]:
+    """`record` as if it were of that seed, on which speed does not depend: what pairs are told by."""
+    return {**record, "case": {**record["case"], "seed": seed}}
 
 
 def slowed(record: Record, effect: float) -> dict[str, Any]:
@@ -169,7 +178,7 @@ def plot(found: Sequence[Calibration], path: Path) -> None:
     """Detection against effect: a colour a case, gates solid and contests dashed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
     for number, one in enumerate(found):
         for rates, style, name in ((one.gates, "-", "gates"), (one.contests, "--", "ab")):
@@ -187,7 +196,7 @@ def plot(found: Sequence[Calibration], path: Path) -> None:
     axes.set_xlabel("planted slowdown, %")
     axes.set_ylabel(f"detected, %: gates of {REPEATS} runs a side,\nab with {PAIRS} at most")
     axes.set_ylim(-3, 103)
-    axes.legend(fontsize=6)
+    figure.legend(loc="outside right upper", fontsize=6, handlelength=4)
     save(figure, path)
 
 

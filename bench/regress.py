@@ -14,11 +14,13 @@ When a change is called, REGRESSION or IMPROVEMENT, all three must hold:
    range from the 10th to the 90th percentile of the old side's own runs, and than the quantity's `floor`. The range is
    not divided by the root of the number of runs: sessions differ more than runs of one session, and repeats don't
    average that out. Where both sides ran by turns they do: then it is the range × √(1/old runs + 1/new runs).
-   From as many pairs on as can reach the level, those are judged instead, which no drift touches: by the exact
-   permutation test of signed ranks and the median of all means of two pairs' ratios (Wilcoxon 1945, Hodges and Lehmann
-   1963), with the range of the pairs' ratios ÷ √pairs.
 3. *Not the clock's.* Where the GPU's clocks differ, times in clock cycles say the same. A regression in only one of
    the two is AMBIGUOUS, an improvement in only one is SAME.
+
+Where both sides ran by turns, a seed for each pair, the pairs are judged as soon as they are enough to reach the level
+with one or two that disagree: their ratios, which only a drift within a pair touches, by the permutation test of signed
+ranks and the median of all means of two ratios (Wilcoxon 1945, Hodges and Lehmann 1963), with the range of the ratios ÷
+√pairs as the margin. Not so what is judged over seeds.
 
 Everything else is SAME, or AMBIGUOUS where the new side is worse by more than the margin and the runs overlap all the
 same, or MISSING where the new side lacks a case, a run or a number. Nothing that could not be compared is ever SAME.
@@ -513,21 +515,22 @@ def _judge(test: Test, level: float, by_turns: bool) -> Verdict:
         level=level,
     )
     lacking = test.new_values.count(None)
-    old, new = _samples(quantity, test.old, test.old_values), _samples(quantity, test.new, test.new_values)
+    old, new, paired = _both(test, test.old_values, test.new_values, level, by_turns)
     verdict = replace(
         verdict, old=median(old), old_runs=len(old), new_runs=len(new), new=median(new) if len(new) else None
     )
     if lacking:
         return replace(verdict, reason=f"{lacking} of {len(test.new.runs)} runs have no such number")
-    paired = by_turns and quantity.sample is None and len(old) == len(new) and 2 / 2 ** len(old) <= level
     margin = _margin_of_pairs(quantity, old, new) if paired else _margin(test, len(old), len(new), by_turns)
     decision = decide(quantity, old, new, margin=margin, level=level, paired=paired)
     verdict = replace(verdict, margin=margin, **decision._asdict())
     clock = _clock_ratio(test) if quantity.clocked else 1.0
     if abs(clock - 1) > CLOCKS_DIFFER:
-        cycles = [[_per_clock(quantity, run) for run in side.runs] for side in (test.old, test.new)]
-        old, new = _samples(quantity, test.old, cycles[0]), _samples(quantity, test.new, cycles[1])
-        by_clock = decide(quantity, old, new, margin=margin, level=level, paired=paired and len(old) == len(new))
+        cycles, new_cycles = ([_per_clock(quantity, run) for run in side.runs] for side in (test.old, test.new))
+        old, new, paired = _both(test, cycles, new_cycles, level, by_turns)
+        if not len(old) or not len(new):
+            return verdict
+        by_clock = decide(quantity, old, new, margin=margin, level=level, paired=paired)
         clocks = f"the clock was {abs(clock - 1):.1%} {'higher' if clock > 1 else 'lower'}"
         if by_clock.verdict != decision.verdict:
             reason = f"{clocks}; {decision.verdict} in time, {by_clock.verdict} in clock cycles"
@@ -535,6 +538,29 @@ def _judge(test: Test, level: float, by_turns: bool) -> Verdict:
             return replace(verdict, verdict="SAME" if harmless else "AMBIGUOUS", reason=reason)
         return replace(verdict, reason=f"{decision.reason}; {clocks}, and clock cycles say the same")
     return verdict
+
+
+def _both(
+    test: Test, old_values: Sequence[float | None], new_values: Sequence[float | None], level: float, by_turns: bool
+) -> tuple[Floats, Floats, bool]:
+    """The samples of both sides, and whether they are pairs, one by one."""
+    if by_turns and test.quantity.sample is None:
+        old, new = _pairs(test, old_values, new_values)
+        if 8 / 2 ** np.count_nonzero(new - old) <= level:
+            return old, new, True
+    return _samples(test.quantity, test.old, old_values), _samples(test.quantity, test.new, new_values), False
+
+
+def _pairs(test: Test, old_values: Sequence[float | None], new_values: Sequence[float | None]) -> tuple[Floats, Floats]:
+    """The values of runs of one seed; of none where a side has two runs of a seed."""
+    old, new = (
+        {_seed(run): value for run, value in zip(side.runs, values, strict=True)}
+        for side, values in ((test.old, old_values), (test.new, new_values))
+    )
+    if len(old) < len(test.old.runs) or len(new) < len(test.new.runs):
+        return np.empty(0), np.empty(0)
+    found = [(value, new[seed]) for seed, value in old.items() if value is not None and new.get(seed) is not None]
+    return np.array([one for one, _ in found]), np.array([other for _, other in found])
 
 
 def _samples(quantity: Quantity, side: Side, values: Sequence[float | None]) -> Floats:
@@ -642,7 +668,7 @@ def decide(
     if beyond and p_value <= level:
         return decision("REGRESSION" if worse else "IMPROVEMENT", "significant and beyond the margin")
     if beyond:
-        overlap = f"the runs overlap (p {p_value:.2g} > {level:.2g})"
+        overlap = f"the {'pairs disagree' if paired else 'runs overlap'} (p {p_value:.2g} > {level:.2g})"
         return (
             decision("AMBIGUOUS", f"worse, but {overlap}: repeat")
             if worse

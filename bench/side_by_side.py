@@ -27,31 +27,36 @@ def spread(cases: Iterable[tuple[int, Case]], cards: Sequence[str], run: Callabl
     stop = threading.Event()
     ended: SimpleQueue[Future[None]] = SimpleQueue()  # unlike `as_completed`, whole when Ctrl-C comes while it waits
 
-    def serve(card: int) -> None:
-        begin.wait()
-        while not stop.is_set():
-            with lock:
-                if not waiting:
-                    return
-                number, case = waiting.popleft()
-                here = f"{case} on card {card}"
-                beside = [other for other, _ in running.values()]
-                for _, others in running.values():
-                    others.append(here)
-                running[card] = (here, beside)
+    def take(card: int) -> tuple[int, Case, Post] | None:
+        """The next case, for that card, with what runs beside it; None where there is no more."""
+        with lock:
+            if not waiting:
+                return None
+            number, case = waiting.popleft()
+            here = f"{case} on card {card}"
+            beside = [other for other, _ in running.values()]
+            for _, others in running.values():
+                others.append(here)
+            running[card] = (here, beside)
+            return number, case, Post(number=card, card=cards[card], beside=beside, stop=stop)
+
+    def serve(card: int, taken: tuple[int, Case, Post] | None) -> None:
+        while not begin.wait(1.0) and not stop.is_set():
+            pass
+        while taken is not None and not stop.is_set():
             try:
-                run(number, case, Post(number=card, card=cards[card], beside=beside, stop=stop))
+                run(*taken)
             finally:
                 with lock:
                     del running[card]
+            taken = take(card)
 
     with ThreadPoolExecutor(len(cards)) as pool:
         try:
             for card in range(len(cards)):
-                pool.submit(serve, card).add_done_callback(ended.put)
+                pool.submit(serve, card, take(card)).add_done_callback(ended.put)
             begin.set()
             for _ in cards:
                 ended.get().result()
         finally:
             stop.set()
-            begin.set()

@@ -18,7 +18,7 @@ import pytest
 from made_up_records import CPU, DRAWN, accuracy, make
 
 from netdyno.bench import ab, regress
-from netdyno.bench.calibration import contest, gate_rates, slowed
+from netdyno.bench.calibration import contest, gate_rates, of_seed, slowed
 from netdyno.bench.record import save
 from netdyno.bench.regress import ALPHA, Comparison, Verdict, compare, rank_test, repeats_needed, signed_rank_test
 
@@ -119,20 +119,65 @@ def test_the_margin_of_runs_that_took_turns_narrows_with_them() -> None:
     assert alike.margin == 0.01  # never below the floor
 
 
-def test_pairs_are_judged_by_their_ratios_whatever_the_machine_did_meanwhile() -> None:
-    """Sixteen pairs on a machine that slows down by a third: 3 % are seen, once they may be told from its drift."""
-    drift = [1000.0 * 0.975**pair for pair in range(16)]
+def drifting_pairs(count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Pairs on a machine that slows down by a third, of which the new side is 3 % slower."""
+    drift = [1000.0 * 0.975**pair for pair in range(count)]
     slower = [0.97 * speed * (1.002 if pair % 2 else 0.998) for pair, speed in enumerate(drift)]
-    alone, turns = (
-        of(compare(runs(drift, accuracy=None), runs(slower, accuracy=None), by_turns=by_turns))
-        for by_turns in (False, True)
-    )
-    assert alone.verdict == "SAME"
+    return tuple([of_seed(run, seed) for seed, run in enumerate(runs(side, accuracy=None))] for side in (drift, slower))  # type: ignore[return-value]
+
+
+def test_pairs_are_judged_by_their_ratios_whatever_the_machine_did_meanwhile() -> None:
+    old, new = drifting_pairs(16)
+    assert of(compare(old, new)).verdict == "SAME"
+    turns = of(compare(old, new, by_turns=True))
     assert (turns.verdict, turns.margin) == ("REGRESSION", 0.01)
     assert turns.effect == pytest.approx(-0.03, abs=0.001)
     assert turns.low is not None
     assert turns.high is not None
     assert -0.033 < turns.low < turns.high < -0.027
+
+
+def test_pairs_are_told_by_their_seed() -> None:
+    """A run that failed, or lacks a number, takes its partner with it and no other; the newest forty runs count."""
+    old, new = drifting_pairs(45)
+    old[20] |= {"status": "oom", "reason": "out of memory"}
+    old[30]["throughput"] = {"images_per_s": None}
+    found = of(compare(old, new, by_turns=True))
+    assert found.effect == pytest.approx(-0.03, abs=0.001)
+    assert (found.old_runs, found.new_runs) == (38, 38)
+    alike = (
+        [{**run, "created_utc": "at once"} for run in old[:16]],
+        [{**run, "created_utc": "at once"} for run in new[:16]],
+    )
+    assert of(compare(*alike, by_turns=True)).effect == pytest.approx(-0.03, abs=0.001)
+
+
+def test_runs_of_one_seed_are_no_pairs() -> None:
+    old, new = drifting_pairs(16)
+    old[1] = of_seed(old[1], 0)
+    assert of(compare(old, new, by_turns=True)).verdict == "SAME"
+
+
+def test_pairs_that_are_alike_do_not_count_towards_the_level() -> None:
+    old, new = drifting_pairs(10)
+    assert of(compare(old, new, by_turns=True)).verdict != "REGRESSION"  # too few, of five quantities
+    for pairs in range(16, 20):
+        old, new = drifting_pairs(pairs)
+        for seed in (0, 1):
+            new[seed]["throughput"] = old[seed]["throughput"]
+        assert of(compare(old, new, by_turns=True)).verdict == "REGRESSION"
+
+
+def test_pairs_in_clock_cycles_are_those_whose_clocks_are_known() -> None:
+    old, new = drifting_pairs(20)
+    old, new = at_clock(old, 1980.0), at_clock(new, 1900.0)
+    del old[0]["gpu"]["sm_clock_mhz_mean"], new[-1]["gpu"]["sm_clock_mhz_mean"]
+    found = of(compare(old, new, by_turns=True))
+    assert (found.verdict, found.effect) == ("AMBIGUOUS", pytest.approx(-0.03, abs=0.001))
+    assert "IMPROVEMENT in clock cycles" in found.reason
+    for run in old[1:]:
+        del run["gpu"]["sm_clock_mhz_mean"]
+    assert of(compare(old, new, by_turns=True)).verdict == "REGRESSION"  # nobody knows the clock
 
 
 def test_few_old_runs_share_the_spread_of_the_new_ones() -> None:
@@ -627,8 +672,8 @@ def test_recorded_runs_calibrate_the_gate(noise: Noise) -> None:
 def by_turns(noise: Noise, random: np.random.Generator, *, times: float, effect: float) -> Comparison:
     """A contest of 24 pairs, A B, B A …, on a machine that is so many times as noisy; B is slower by `effect`."""
     made = session(lambda drawn, count: times * noise(drawn, count), random, 48)
-    a = [made[run] for run in range(48) if run % 4 in (0, 3)]
-    b = [slowed(made[run], effect) for run in range(48) if run % 4 in (1, 2)]
+    a = [of_seed(made[run], run // 2) for run in range(48) if run % 4 in (0, 3)]
+    b = [slowed(of_seed(made[run], run // 2), effect) for run in range(48) if run % 4 in (1, 2)]
     return contest(a, b)
 
 
@@ -654,14 +699,24 @@ def test_contests_do_not_miss_five_percent_on_a_noisy_machine(noise: Noise) -> N
         assert sum(missed) <= 2
 
 
-def test_a_contest_is_decided_when_five_percent_would_have_been_seen() -> None:
+def test_a_disturbed_contest_sees_less() -> None:
+    """Runs that meet a neighbour widen the margin of a contest as they do a gate's."""
+    random = np.random.default_rng(12)
+    ends = [by_turns(disturbed, random, times=1, effect=0.05) for _ in range(100)]
+    seen = [any(row.quantity in regress.SPEED for row in end.called("REGRESSION")) for end in ends]
+    assert 70 < sum(seen) < 95
+
+
+def test_a_contest_is_undecided_while_five_percent_would_be_missed() -> None:
     def judged(pairs: int, spread: float, ratio: float = 1.0) -> Comparison:
         a, b = steady(pairs, spread=spread), steady(pairs, 1000 * ratio, seed=1, spread=spread)
         return ab.judge(runs(a, accuracy=None), runs(b, first=pairs, accuracy=None))
 
     assert ab.decided(judged(7, 0.003))
-    assert not judged(7, 0.04).called("AMBIGUOUS")
-    assert not ab.decided(judged(7, 0.04))  # the same, as far as so few runs can tell
+    blunt = judged(7, 0.04)
+    assert not ab.decided(blunt)
+    assert of(blunt).verdict == "AMBIGUOUS"
+    assert "5 % might not have been seen: that takes about" in of(blunt).reason
     assert ab.decided(judged(40, 0.04))
     assert ab.decided(judged(7, 0.04, 0.7))  # a regression is one with any margin
 

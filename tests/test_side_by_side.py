@@ -94,8 +94,8 @@ def test_ctrl_c_while_the_threads_start_lets_no_case_begin(monkeypatch: pytest.M
     begun = threading.Event()
 
     class Interrupted(ThreadPoolExecutor):
-        def submit(self, serve: Callable[[int], None], /, card: int) -> Future[None]:  # type: ignore[override]
-            served = super().submit(serve, card)
+        def submit(self, serve: Callable[..., None], /, card: int, taken: object) -> Future[None]:  # type: ignore[override]
+            served = super().submit(serve, card, taken)
             if card == 1:
                 begun.wait(0.2)  # time enough for a case that does not wait
                 raise KeyboardInterrupt
