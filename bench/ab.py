@@ -29,9 +29,9 @@ from .gate import FAILED, UNDECIDED, exit_code, read_records, resolve
 from .regress import SPEED, Comparison, Record, Verdict, compare, repeats_needed
 
 LOOKS = 4
-SHARP = (
-    0.025  # margin of a speed for 5 % not to be missed: an effect's standard deviation is 0.4 margins, roughly known
-)
+# The margin of a speed that a change of 5 % is hardly ever within: an effect found has a standard deviation of 0.4
+# margins, and few runs know their margin roughly.
+SHARP = 0.025
 MODES = ("e2e", "compute", "loader")
 SUITES = ("quick", "full", "source", "ladder", "open")
 MEASURED = ("bench", "kernels", "models")  # folders whose changes can change a measurement
