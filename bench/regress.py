@@ -515,7 +515,7 @@ def _judge(test: Test, level: float, by_turns: bool) -> Verdict:
         level=level,
     )
     lacking = test.new_values.count(None)
-    old, new, paired = _both(test, test.old_values, test.new_values, level, by_turns)
+    old, new, paired = _samples_of_both(test, test.old_values, test.new_values, level, by_turns)
     verdict = replace(
         verdict, old=median(old), old_runs=len(old), new_runs=len(new), new=median(new) if len(new) else None
     )
@@ -527,7 +527,7 @@ def _judge(test: Test, level: float, by_turns: bool) -> Verdict:
     clock = _clock_ratio(test) if quantity.clocked else 1.0
     if abs(clock - 1) > CLOCKS_DIFFER:
         cycles, new_cycles = ([_per_clock(quantity, run) for run in side.runs] for side in (test.old, test.new))
-        old, new, paired = _both(test, cycles, new_cycles, level, by_turns)
+        old, new, paired = _samples_of_both(test, cycles, new_cycles, level, by_turns)
         if not len(old) or not len(new):
             return verdict
         by_clock = decide(quantity, old, new, margin=margin, level=level, paired=paired)
@@ -540,7 +540,7 @@ def _judge(test: Test, level: float, by_turns: bool) -> Verdict:
     return verdict
 
 
-def _both(
+def _samples_of_both(
     test: Test, old_values: Sequence[float | None], new_values: Sequence[float | None], level: float, by_turns: bool
 ) -> tuple[Floats, Floats, bool]:
     """The samples of both sides, and whether they are pairs, one by one."""
