@@ -15,6 +15,7 @@ measured before a failure is kept:
 Of several ranks (`bench/parallel.py`) the first one speaks for all; one that fails says why to the agent.
 """
 
+import gc
 import json
 import math
 import os
@@ -390,9 +391,12 @@ class Timing:
     """Adds up the clocks of the epochs and emits the record's `timing` and `throughput`.
 
     Of several ranks the slowest one's seconds count, for the images of all; the blocks are those of the first one.
+    What Python has made until then is left out of its garbage collections from then on.
     """
 
     def __init__(self, device: torch.device, emit: Emit) -> None:
+        gc.collect()
+        gc.freeze()  # else a full collection, 0.2 s for what a compiler leaves, falls into some epoch
         self._device, self._emit = device, emit
         self._clocks: list[BlockClock] = []
         self._images = self._steps = 0

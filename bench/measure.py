@@ -14,6 +14,8 @@
   is brought there before, and DALI's threads and memory come by a run before the first epoch, on images that are not
   the epoch's. Until November 26th 2026 version 3 had that inside the first epoch, 1.5 to 2.5 ms, and let JPEGs of the
   next evaluation be decoded in the training time after one.
+  Python's garbage is collected before; within, only what came since is looked through for it. Until November 27th 2026
+  a full collection could fall into the timed region, 0.15 to 0.3 s in one epoch of a compiled network.
   Where several steps are one CUDA graph, a block is a whole number of replays. The wall clock of the
   epoch is recorded beside them.
 - Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first epoch

@@ -1,5 +1,6 @@
 """What a child measures and says, on small stand-ins of the data."""
 
+import gc
 import gzip
 import json
 import math
@@ -149,6 +150,24 @@ def test_nothing_is_kept_from_warm_up(measure: Any, monkeypatch: pytest.MonkeyPa
     after = measure(EAGER)[0]["accuracy"]["curve"]
     assert [row["train_loss"] for row in after] == [row["train_loss"] for row in before]
     assert [row["metric"] for row in after] == [row["metric"] for row in before]
+
+
+@pytest.mark.parametrize("mode", ["e2e", "compute", "loader"])
+def test_no_epoch_collects_what_was_made_before(measure: Any, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+    """A full collection takes as long as some epochs do."""
+    looked_through: list[int] = []
+    start = child.BlockClock.start
+
+    def count(clock: child.BlockClock) -> None:
+        looked_through.append(len(gc.get_objects()))  # without those that are left out
+        start(clock)
+
+    monkeypatch.setattr(child.BlockClock, "start", count)
+    try:
+        measure(replace(EAGER, mode=mode))
+    finally:
+        gc.unfreeze()
+    assert max(looked_through[-2:]) < len(gc.get_objects()) / 50
 
 
 @pytest.mark.parametrize("mode", ["compute", "loader"])
