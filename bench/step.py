@@ -63,8 +63,6 @@ class Player:
                     value.zero_()
         if self._coordinates is not None:
             self._coordinates.read()
-        if isinstance(self.optimizer, MasterAdam):
-            self.optimizer.read()
         self.scaler.load_state_dict(self._new_scaler)
         self._done.zero_()
 

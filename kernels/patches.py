@@ -3,7 +3,7 @@
 cuDNN pads one or three channels to eight and more; first layers and a generator's last one then take up to a third of a
 step that they should take a twentieth of (H200: mnist-cnn, dcgan). As a product they are cuBLAS's, bound by memory
 alone, on every card: forward, the gradient of the weights and that of the images, which is the product's other side
-folded back.
+folded back, on a GPU by a kernel that reads each element of it once.
 
 Shapes: images [B, C, H, W] with few channels C, pixels [B, O, HO, WO] with many; patches [B·HO·WO, K], where a row
 holds the KH·KW·C values under one pixel, tap by tap, zeros behind them up to a whole 32 bytes in 16-bit types.
@@ -14,9 +14,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 ALIGNMENT = 16  # elements of a row
+BLOCK = 256  # values of an image that a program puts together
 
 
 class Window(NamedTuple):
@@ -76,8 +79,8 @@ def _unfold(images: Tensor, window: Window) -> Tensor:
     return F.pad(rows, (0, window.row(images.shape[1]) - rows.shape[1]))
 
 
-def _fold(patches: Tensor, window: Window, shape: tuple[int, int, int, int]) -> Tensor:
-    """The transpose of `_unfold`: each pixel of [B, C, H, W] is the sum of where it came in patches.
+def fold_reference(patches: Tensor, window: Window, shape: tuple[int, int, int, int]) -> Tensor:
+    """In plain PyTorch: each pixel of [B, C, H, W] is the sum of where it came in patches [B·HO·WO, K].
 
     Pixels a stride apart see the same taps of patches, shifted, so the image is put together from stride² parts.
     """
@@ -104,6 +107,83 @@ def _fold(patches: Tensor, window: Window, shape: tuple[int, int, int, int]) -> 
     lines = [torch.stack([part(y, x) for x in range(stride)], dim=3) for y in range(stride)]
     padded = torch.stack(lines, dim=2).view(b, rows * stride, columns * stride, c)
     return padded[:, padding : padding + height, padding : padding + width].to(patches.dtype).permute(0, 3, 1, 2)
+
+
+@triton.jit
+def fold_kernel(
+    patches,
+    images,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    SIDE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Programs: images × blocks of an image's values. images: [B, H, W, C]."""
+    n = tl.program_id(0).to(tl.int64)
+    value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = value < HEIGHT * WIDTH * CHANNELS
+    y = value // (WIDTH * CHANNELS) + PADDING
+    x = value // CHANNELS % WIDTH + PADDING
+    patches += n * (OUT_HEIGHT * OUT_WIDTH * ROW)
+    WIDE: tl.constexpr = tl.float64 if patches.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros([BLOCK], WIDE)
+    for down in tl.static_range(0, SIDE, STRIDE):
+        row, ky = y // STRIDE - down // STRIDE, y % STRIDE + down
+        inside = there & (ky < SIDE) & (row >= 0) & (row < OUT_HEIGHT)
+        for right in tl.static_range(0, SIDE, STRIDE):
+            column, kx = x // STRIDE - right // STRIDE, x % STRIDE + right
+            seen = inside & (kx < SIDE) & (column >= 0) & (column < OUT_WIDTH)
+            at = (row * OUT_WIDTH + column) * ROW + (ky * SIDE + kx) * CHANNELS + value % CHANNELS
+            total += tl.load(patches + at, mask=seen, other=0.0).to(WIDE)
+    tl.store(images + n * (HEIGHT * WIDTH * CHANNELS) + value, total.to(images.dtype.element_ty), mask=there)
+
+
+def fold_triton(patches: Tensor, side: int, stride: int, padding: int, shape: list[int]) -> Tensor:
+    """What `fold_reference` gives, wherever Triton runs. shape: of the images, [B, C, H, W]."""
+    images, (b, channels, height, width) = _images_like(patches, shape), shape
+    out_height, out_width = ((size + 2 * padding - side) // stride + 1 for size in (height, width))
+    with torch.cuda.device_of(patches):
+        fold_kernel[(b, triton.cdiv(height * width * channels, BLOCK))](
+            patches.contiguous(),
+            images,
+            HEIGHT=height,
+            WIDTH=width,
+            CHANNELS=channels,
+            OUT_HEIGHT=out_height,
+            OUT_WIDTH=out_width,
+            SIDE=side,
+            STRIDE=stride,
+            PADDING=padding,
+            ROW=patches.shape[1],
+            BLOCK=BLOCK,
+        )
+    return images
+
+
+def _images_like(patches: Tensor, shape: list[int]) -> Tensor:
+    b, channels, height, width = shape
+    return patches.new_empty(b, height, width, channels).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("netdyno::fold", mutates_args=())
+def _fold_op(patches: Tensor, side: int, stride: int, padding: int, shape: list[int]) -> Tensor:
+    return fold_triton(patches, side, stride, padding, shape)
+
+
+@_fold_op.register_fake
+def _(patches: Tensor, side: int, stride: int, padding: int, shape: list[int]) -> Tensor:
+    return _images_like(patches, shape)
+
+
+def _fold(patches: Tensor, window: Window, shape: tuple[int, int, int, int]) -> Tensor:
+    """The transpose of `_unfold`."""
+    return _fold_op(patches, *window, list(shape)) if patches.is_cuda else fold_reference(patches, window, shape)
 
 
 class _Unfold(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from netdyno.bench import adam
-from netdyno.bench.adam import MasterAdam, keep_large_in
+from netdyno.bench.adam import MasterAdam, keep_large_in, master_of, rounded
 
 
 def network() -> nn.Sequential:
@@ -46,7 +46,7 @@ def test_masters_are_what_torch_makes_of_the_weights(
     train(reference, plain, 5)
     for weight, expected in zip(model.parameters(), reference.parameters(), strict=True):
         if weight.dtype is torch.bfloat16:
-            master = optimizer.state[weight]["master"]
+            master = master_of(weight.data, optimizer.state[weight]["rest"])
             torch.testing.assert_close(master, expected.data, rtol=1e-5, atol=1e-6)
             assert torch.equal(weight.data, master.bfloat16())
         else:
@@ -65,14 +65,37 @@ def test_steps_too_small_for_16_bits_add_up(monkeypatch: pytest.MonkeyPatch) -> 
     assert weight.tolist() == pytest.approx([0.98] * 4, abs=2**-8)
 
 
-def test_weights_set_anew_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_master_is_its_weight_and_a_rest() -> None:
+    """Of all kinds of numbers, ties and what is none."""
+    draw = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=draw).int()
+    several = torch.tensor([0.0, -0.0, 1.0, torch.inf, -torch.inf, torch.finfo(torch.float32).max, 1e-45])
+    masters = torch.cat([bits.view(torch.float32), several])
+    masters = masters[~masters.isnan()]
+    weight, rest = rounded(masters)
+    assert torch.equal(weight, masters.bfloat16())
+    ties = (masters.view(torch.int32) & 0x1FFFF) == 0x8000  # above an even number
+    back = master_of(weight, rest)
+    assert torch.equal(back[~ties].view(torch.int32), masters[~ties].view(torch.int32))
+    assert rounded(torch.tensor([1 + 2**-8]))[0].item() == 1
+    assert master_of(*rounded(torch.tensor([1 + 2**-8]))).item() == 1 + 2**-8 - 2**-23
+    nan = torch.tensor([2**31 - 1, -1]).int().view(torch.float32)  # a GPU's, and one with its sign
+    weight, rest = rounded(nan)
+    assert weight.isnan().all()
+    assert master_of(weight, rest).isnan().all()
+
+
+def test_weights_set_anew_are_masters_again_without_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adam, "LARGE", 4)
     weight = nn.Parameter(torch.ones(4))
     keep_large_in(torch.bfloat16, [weight])
-    optimizer = MasterAdam([weight], compile=False, lr=0.5)
-    with torch.no_grad():
-        weight.fill_(3)
-    optimizer.read()
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    assert weight.tolist() == pytest.approx([2.5] * 4)
+    optimizer = MasterAdam([weight], compile=False, lr=0.001)
+    for value in (1.0, 3.0):
+        for name in ("rest", "exp_avg", "exp_avg_sq", "correction", "correction_sq"):
+            optimizer.state[weight][name].zero_()
+        with torch.no_grad():
+            weight.fill_(value)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert optimizer.state[weight]["rest"].any()
+        assert master_of(weight.data, optimizer.state[weight]["rest"]).tolist() == pytest.approx([value - 0.001] * 4)
