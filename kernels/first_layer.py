@@ -4,7 +4,8 @@ The images have few channels, the output has many, so that its passes through me
 forward, and backward read once beside its own gradient. See `patches_in_registers`. The images' gradient, where one is
 needed, is a product whose rows are put together: see `patches`. A generator's last layer is the transpose: it goes
 forward as that gradient does, and its own gradients are by the kernels.
-Bytes moved for each of B·HO·WO pixels, in a 16-bit type: 2·O forward, 4·O backward, and 2·C·stride² for the images.
+Bytes moved for each of B·HO·WO pixels, in a 16-bit type: 2·O forward, 4·O backward, and 2·C·stride² for the images; for
+the images' gradient 4·O, and twice a patch's 2·C·K².
 """
 
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from .patches_in_registers import (
     LEAK,
     LONGEST,
     MOST_PIECES,
+    back_triton,
     conv_triton,
     empty_out,
+    empty_patches,
     gradient_triton,
     lines_and_length,
     partial_shape,
@@ -84,6 +87,16 @@ def _(images: Tensor, gradient: Tensor, out: Tensor, side: int, stride: int, pad
     return images.new_empty(partial_shape(out, images.shape[1], side), dtype=torch.float32)
 
 
+@torch.library.custom_op("netdyno::first_layer_back", mutates_args=())
+def _back(gradient: Tensor, out: Tensor, weight: Tensor, activation: str) -> Tensor:
+    return back_triton(gradient, out, weight, activation)
+
+
+@_back.register_fake
+def _(gradient: Tensor, out: Tensor, weight: Tensor, activation: str) -> Tensor:
+    return empty_patches(gradient, weight)
+
+
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
     images, weight, bias, *ctx.options = inputs
     ctx.save_for_backward(images, weight, output)
@@ -95,8 +108,9 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     stride, padding, activation = ctx.options
     of_images = of_weight = of_bias = None
     if ctx.needs_input_grad[0]:
-        slope = (gradient * _steepness(out, activation)).to(out.dtype)
-        of_images = patches.images_under(slope, weight.to(slope.dtype), stride, padding, *images.shape[2:])
+        window = patches.Window(weight.shape[2], stride, padding)
+        of_patches = _back(gradient, out, patches.rows(weight, window).to(out.dtype), activation)
+        of_images = patches.fold(of_patches, window, images.shape)
     if any(ctx.needs_input_grad[1:3]):
         partial = _gradient(images, gradient, out, weight.shape[2], stride, padding, activation)
         of_weight, of_bias = summed(partial, *weight.shape[1:3])
@@ -106,14 +120,6 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _conv.register_autograd(_backward, setup_context=_keep)
-
-
-def _steepness(out: Tensor, activation: str) -> Tensor | float:
-    """The activation's slope, told by its value `out`."""
-    if activation == "none":
-        return 1.0
-    below = {"relu": 0.0, "leaky_relu": LEAK.value, "elu": out + 1}[activation]
-    return torch.where(out <= 0, below, 1.0)
 
 
 def conv(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, activation: str) -> Tensor:

@@ -10,6 +10,7 @@ holds the KH·KW·C values under one pixel, tap by tap, zeros behind them up to 
 Bytes moved for each of B·HO·WO pixels, in a 16-bit type: 4·K and 2·O.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,11 +37,11 @@ class Window(NamedTuple):
 
 def conv(images: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """`F.conv2d`; channels last. weight: [O, C, KH, KW], square. bias: [O]."""
-    outputs, channels, side, _ = weight.shape
+    outputs, _, side, _ = weight.shape
     window = Window(side, stride, padding)
     out_height, out_width = ((size + 2 * padding - side) // stride + 1 for size in images.shape[2:])
     patches = _Unfold.apply(images, window)
-    pixels = patches @ _rows(weight.permute(0, 2, 3, 1), window.row(channels)).T
+    pixels = patches @ rows(weight, window).T
     pixels = pixels.view(len(images), out_height, out_width, outputs).permute(0, 3, 1, 2)
     return pixels if bias is None else pixels + bias.to(pixels.dtype)[:, None, None]
 
@@ -49,25 +50,18 @@ def conv_transpose(
     pixels: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, output_padding: int
 ) -> Tensor:
     """`F.conv_transpose2d`; channels last. pixels: [B, O, HO, WO]. weight: [O, C, KH, KW], square. bias: [C]."""
-    side = weight.shape[2]
+    outputs, channels, side, _ = weight.shape
     height, width = ((size - 1) * stride - 2 * padding + side + output_padding for size in pixels.shape[2:])
-    images = images_under(pixels, weight, stride, padding, height, width)
+    window = Window(side, stride, padding)
+    patches = pixels.permute(0, 2, 3, 1).reshape(-1, outputs) @ rows(weight, window)
+    images = _Fold.apply(patches, window, (len(pixels), channels, height, width))
     return images if bias is None else images + bias.to(images.dtype)[:, None, None]
 
 
-def images_under(pixels: Tensor, weight: Tensor, stride: int, padding: int, height: int, width: int) -> Tensor:
-    """What `conv` of images of `height` and `width` gives back to them: `conv_transpose` to that size."""
-    outputs, channels, side, _ = weight.shape
-    window = Window(side, stride, padding)
-    rows = pixels.permute(0, 2, 3, 1).reshape(-1, outputs)
-    patches = rows @ _rows(weight.permute(0, 2, 3, 1), window.row(channels))
-    return _Fold.apply(patches, window, (len(pixels), channels, height, width))
-
-
-def _rows(weight: Tensor, length: int) -> Tensor:
-    """[O, KH, KW, C] → [O, length]."""
-    flat = weight.flatten(1)
-    return F.pad(flat, (0, length - flat.shape[1]))
+def rows(weight: Tensor, window: Window) -> Tensor:
+    """[O, C, KH, KW] → what each output's patches are multiplied by, [O, K]."""
+    flat = weight.permute(0, 2, 3, 1).flatten(1)
+    return F.pad(flat, (0, window.row(weight.shape[1]) - flat.shape[1]))
 
 
 def _unfold(images: Tensor, window: Window) -> Tensor:
@@ -79,7 +73,7 @@ def _unfold(images: Tensor, window: Window) -> Tensor:
     return F.pad(rows, (0, window.row(images.shape[1]) - rows.shape[1]))
 
 
-def fold_reference(patches: Tensor, window: Window, shape: tuple[int, int, int, int]) -> Tensor:
+def fold_reference(patches: Tensor, window: Window, shape: Sequence[int]) -> Tensor:
     """In plain PyTorch: each pixel of [B, C, H, W] is the sum of where it came in patches [B·HO·WO, K].
 
     Pixels a stride apart see the same taps of patches, shifted, so the image is put together from stride² parts.
@@ -144,7 +138,7 @@ def fold_kernel(
     tl.store(images + n * (HEIGHT * WIDTH * CHANNELS) + value, total.to(images.dtype.element_ty), mask=there)
 
 
-def fold_triton(patches: Tensor, side: int, stride: int, padding: int, shape: list[int]) -> Tensor:
+def fold_triton(patches: Tensor, side: int, stride: int, padding: int, shape: Sequence[int]) -> Tensor:
     """What `fold_reference` gives, wherever Triton runs. shape: of the images, [B, C, H, W]."""
     images, (b, channels, height, width) = _images_like(patches, shape), shape
     out_height, out_width = ((size + 2 * padding - side) // stride + 1 for size in (height, width))
@@ -166,7 +160,7 @@ def fold_triton(patches: Tensor, side: int, stride: int, padding: int, shape: li
     return images
 
 
-def _images_like(patches: Tensor, shape: list[int]) -> Tensor:
+def _images_like(patches: Tensor, shape: Sequence[int]) -> Tensor:
     b, channels, height, width = shape
     return patches.new_empty(b, height, width, channels).permute(0, 3, 1, 2)
 
@@ -181,8 +175,8 @@ def _(patches: Tensor, side: int, stride: int, padding: int, shape: list[int]) -
     return _images_like(patches, shape)
 
 
-def _fold(patches: Tensor, window: Window, shape: tuple[int, int, int, int]) -> Tensor:
-    """The transpose of `_unfold`."""
+def fold(patches: Tensor, window: Window, shape: Sequence[int]) -> Tensor:
+    """`fold_reference` (see there), by the kernel on a GPU."""
     return _fold_op(patches, *window, list(shape)) if patches.is_cuda else fold_reference(patches, window, shape)
 
 
@@ -194,14 +188,14 @@ class _Unfold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return _fold(gradient, ctx.window, ctx.shape), None
+        return fold(gradient, ctx.window, ctx.shape), None
 
 
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, patches: Tensor, window: Window, shape: tuple[int, int, int, int]) -> Tensor:
         ctx.window = window
-        return _fold(patches, window, shape)
+        return fold(patches, window, shape)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -2,8 +2,9 @@
 
 As a product over patches (see `patches`) the patches are written and read, bias and activation pass over the output
 once more, and over its gradient twice. Here memory is passed once: images read and outputs written forward, and
-backward both read beside the outputs' gradient. The references are those of `few_channels` and `first_layer`, which
-take it.
+backward both read beside the outputs' gradient. The images' gradient alone goes by patches that are written: a product
+over the outputs' gradient, with the activation's slope taken in. The references are those of `few_channels` and
+`first_layer`, which take it.
 
 Shapes: images [B, C, H, W], outputs [B, O, HO, WO], channels last. A patch, the values under one pixel, is put together
 line by line of its taps: a line's values lie side by side. A piece is one line, where its pixels can be loaded as a
@@ -25,6 +26,7 @@ LEAK = tl.constexpr(0.2)  # slope of "leaky_relu" below zero
 PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor …
 PROGRAMS_OF_MOST = 264  # … and of the most pieces, whose sums take more registers, two
 STAGES = 3  # … in which tiles are under way, where that gains anything (H200) and shared memory has room for them
+BACK = 64  # pixels of a program's block of `back_kernel`
 STAGED = range(17, 65)  # outputs, in a 16-bit type
 
 
@@ -164,6 +166,24 @@ def conv_kernel(
 
 
 @triton.jit
+def _before_activation(gradient, out, there, ACTIVATION: tl.constexpr):
+    """The gradient of what was activated, from that of `out`, what came of it; pointers to both."""
+    tl.static_assert(ACTIVATION != "silu", "whose slope is not told by its value")
+    slope = tl.load(gradient, mask=there, other=0.0)
+    if ACTIVATION != "none":
+        height = tl.load(out, mask=there, other=0.0).to(tl.float32)
+        # of ReLU: what is no number passes; of ELU: its slope below zero is its value and one
+        if ACTIVATION == "relu":
+            below = 0.0
+        elif ACTIVATION == "leaky_relu":
+            below = slope.to(tl.float32) * LEAK
+        else:
+            below = slope.to(tl.float32) * (height + 1)
+        slope = tl.where(height <= 0, below, slope.to(tl.float32)).to(slope.dtype)
+    return slope
+
+
+@triton.jit
 def gradient_kernel(
     images,
     gradient,
@@ -195,7 +215,6 @@ def gradient_kernel(
     """
     PIECES: tl.constexpr = SIDE // LINES
     tl.static_assert(PIECES <= 5, "as many sums as there are below: MOST_PIECES")
-    tl.static_assert(ACTIVATION != "silu", "whose slope is not told by its value")
     part = tl.program_id(0)
     o = tl.arange(0, WIDE)
     t0 = tl.zeros([LENGTH, WIDE], tl.float32)
@@ -211,17 +230,7 @@ def gradient_kernel(
         at = n.to(tl.int64) * (OUT_HEIGHT * OUT_WIDTH * OUTPUTS)
         place = ((y * OUT_WIDTH + x) * OUTPUTS)[:, None] + o[None, :]
         stored = there[:, None] & (o < OUTPUTS)[None, :]
-        slope = tl.load(gradient + at + place, mask=stored, other=0.0)
-        if ACTIVATION != "none":
-            height = tl.load(out + at + place, mask=stored, other=0.0).to(tl.float32)
-            # of ReLU: what is no number passes; of ELU: its slope below zero is its value and one
-            if ACTIVATION == "relu":
-                below = 0.0
-            elif ACTIVATION == "leaky_relu":
-                below = slope.to(tl.float32) * LEAK
-            else:
-                below = slope.to(tl.float32) * (height + 1)
-            slope = tl.where(height <= 0, below, slope.to(tl.float32)).to(slope.dtype)
+        slope = _before_activation(gradient + at + place, out + at + place, stored, ACTIVATION)
         image = images + n.to(tl.int64) * (HEIGHT * WIDTH * CHANNELS)
         for piece in tl.static_range(PIECES):
             first = piece * LINES
@@ -243,6 +252,33 @@ def gradient_kernel(
         total = t0 if piece == 0 else t1 if piece == 1 else t2 if piece == 2 else t3 if piece == 3 else t4
         at = partial + ((part * PIECES + piece) * LENGTH).to(tl.int64) * OUTPUTS + o[None, :]
         tl.store(at + k * OUTPUTS, total, mask=(o < OUTPUTS)[None, :])
+
+
+@triton.jit
+def back_kernel(
+    gradient,
+    out,
+    weight,
+    patches,
+    pixels,
+    OUTPUTS: tl.constexpr,
+    ROW: tl.constexpr,
+    WIDE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Programs: blocks of pixels. gradient, out: [pixels, O]. weight: [O, ROW]. patches: [pixels, ROW]."""
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    o = tl.arange(0, WIDE)
+    k = tl.arange(0, LENGTH)
+    there, used, kept = (pixel < pixels)[:, None], o < OUTPUTS, (k < ROW)[None, :]
+    row = pixel.to(tl.int64)[:, None]
+    at = row * OUTPUTS + o[None, :]
+    slope = _before_activation(gradient + at, out + at, there & used[None, :], ACTIVATION)
+    factors = tl.load(weight + o[:, None] * ROW + k[None, :], mask=used[:, None] & kept, other=0.0)
+    values = tl.dot(slope, factors)
+    tl.store(patches + row * ROW + k[None, :], values.to(patches.dtype.element_ty), mask=there & kept)
 
 
 def lines_and_length(channels: int, side: int) -> tuple[int, int]:
@@ -315,6 +351,45 @@ def gradient_triton(
             num_stages=stages(out),
         )
     return partial
+
+
+def back_triton(gradient: Tensor, out: Tensor, weight: Tensor, activation: str) -> Tensor:
+    """What the images' gradient is put together from, patches [B·HO·WO, ROW] of the gradient's type.
+
+    gradient: [B, O, HO, WO], of `out`, which is what `conv_triton` gave. weight: [O, ROW], laid out as patches are, of
+    the gradient's type. activation: not "silu".
+    """
+    gradient, out = (given.contiguous(memory_format=torch.channels_last) for given in (gradient, out))
+    patches = empty_patches(gradient, weight)
+    with torch.cuda.device_of(gradient):
+        back_kernel[(triton.cdiv(len(patches), BACK),)](
+            gradient,
+            out,
+            weight.contiguous(),
+            patches,
+            len(patches),
+            **_back_constants(weight, activation),
+        )
+    return patches
+
+
+def empty_patches(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Room for what `back_triton` gives."""
+    b, _, height, width = gradient.shape
+    return gradient.new_empty(b * height * width, weight.shape[1])
+
+
+def _back_constants(weight: Tensor, activation: str) -> dict[str, int | str]:
+    outputs, row = weight.shape
+    wide, length = (max(NARROWEST, triton.next_power_of_2(size)) for size in (outputs, row))
+    return {
+        "OUTPUTS": outputs,
+        "ROW": row,
+        "WIDE": wide,
+        "LENGTH": length,
+        "ACTIVATION": activation,
+        "BLOCK": BACK,
+    }
 
 
 def stages(out: Tensor) -> int:
