@@ -6,7 +6,7 @@ the captured step, on a CPU by gloo. With one rank there is no process group, an
 got.
 
 Sums are part of the backward graph, whose compiler starts each as soon as its gradients are there, computes what else
-there is and waits for all at the end (`OVERLAP`); uncompiled, they come after the backward pass. A gradient of at least
+there is and waits for all at the end (`overlap`); uncompiled, they come after the backward pass. A gradient of at least
 `LARGE` elements travels alone and, under mixed precision, in its 16-bit type: it came out of 16-bit kernels, and sums
 are rounded. All smaller ones of a network travel in fp32, as one bucket.
 
@@ -45,11 +45,6 @@ from torch import Tensor, nn
 
 PATIENCE = timedelta(minutes=30)  # for another rank; a run that falls silent is ended before
 LARGE = 1 << 18  # elements of a weight or its gradient: 1 MiB in fp32
-# Options of torch.compile, where there are several ranks: a sum starts as early as it can, and is waited for late.
-OVERLAP: dict[str, Any] = {
-    "reorder_for_compute_comm_overlap": True,
-    "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
-}
 
 _apart = False  # while the ranks train each on its own
 

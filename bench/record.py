@@ -72,6 +72,7 @@ MEASURES: tuple[str, ...] = (
                 "metrics",
                 "muon",
                 "order",
+                "overlap",
                 "parallel",
                 "runner",
                 "speedrun",

@@ -176,7 +176,11 @@ def execute(function: Callable[..., torch.Tensor], tuning: Tuning, device: torch
 
     if not tuning.compile:
         return under_autocast
-    options = parallel.OVERLAP if parallel.ranks() > 1 else None
+    options = None
+    if parallel.ranks() > 1:
+        from .overlap import OVERLAP  # here, since it takes the compiler's modules
+
+        options = OVERLAP
     return torch.compile(under_autocast, fullgraph=True, dynamic=False, options=options)
 
 
