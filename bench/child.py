@@ -57,7 +57,6 @@ PICTURED_EPOCHS = {1, 2, 5, 10, 20, 50, 100}  # and the last
 TRACED_STEPS = 5
 TRACED_AFTER_S = 1.0
 LIBRARY_BYTES = 256 << 20  # what cuDNN and cuBLAS may ask for at their start
-BASELINE_WORKERS = 16  # of the DataLoader, or one a core where there are fewer
 
 Emit = Callable[..., None]
 
@@ -129,7 +128,7 @@ def run(order: Order, emit: Emit) -> None:
         with closing(train_loader()) as loader:
             steady = warm_up(partial(next, endless(loader)))
         with closing(train_loader()) as loader:
-            memory = time_batches(workload, lambda images, labels: images, loader, device, emit)
+            memory = time_batches(workload, lambda images, labels: images, loader, device, lambda: None, emit)
             memory["nvml_process_mib"] = nvml_process_mib(device)
         emit(section="timing", value={"steady": steady})
         return emit(section="memory", value=memory | {"limit_mib": tuning.memory_limit_mib})
@@ -156,15 +155,19 @@ def run(order: Order, emit: Emit) -> None:
     rehearse(device)
     parts.take("libraries_mib")
     emit(section="memory", value=parts.parts | {"warm_up_reserved_mib": warm_up_reserved_mib(device)})
-    network.load_state_dict(initial)
-    for player in players:
-        player.restart()
+
+    def start_anew() -> None:
+        network.load_state_dict(initial)
+        for player in players:
+            player.restart()
+
+    start_anew()
     references = references_of(workload, train_set, eval_loader, evaluate, tuning, device)
     torch.manual_seed(parallel.seed_of(case.seed))
     graphs = new_graphs()
 
     if case.mode == "compute":
-        memory = time_batches(workload, step, resident, device, emit)
+        memory = time_batches(workload, step, resident, device, start_anew, emit)
         memory["nvml_process_mib"] = nvml_process_mib(device)
     else:
         with closing(train_loader()) as loader:
@@ -294,7 +297,7 @@ def make_loader(
         options["into"] = into
     else:
         module = baseline
-        options["workers"] = min(BASELINE_WORKERS, parallel.cores())
+        options["workers"] = min(workload.baseline_workers, parallel.cores())
     if images.images is not None:
         return module.array_loader(images.images, images.labels, **options)
     return module.jpeg_loader(images.files, images.labels, **options)
@@ -427,9 +430,11 @@ class Timing:
 
 
 def time_batches(
-    workload: Workload, step: Step, loader: Loader, device: torch.device, emit: Emit
+    workload: Workload, step: Step, loader: Loader, device: torch.device, begin: Callable[[], None], emit: Emit
 ) -> dict[str, float | None]:
     """The recipe's epochs without evaluation: the loader alone, or training on a resident batch; peaks of memory.
+
+    `begin` is called before each epoch.
 
     Raises:
         Diverged: the last result is not finite.
@@ -440,6 +445,7 @@ def time_batches(
     for epoch in range(1, workload.recipe.epochs + 1):
         clock = timing.clock(loader.batches_per_epoch, loader.batches_at_once)
         images = steps = 0
+        begin()
         parallel.meet()
         emit(timed=True)
         with memory.during("train"):

@@ -31,7 +31,7 @@ BLOCKS = {
     "sums": (64, 2),
     "pooled_sums": (32, 8),
     "activated": (32, 4),
-    "gradient_sums": (64, 2),
+    "gradient_sums": (64, 4),
     "gradient": (16, 2),
 }
 PROGRAMS = 528  # of the sums, about: four on each multiprocessor of an H200

@@ -40,10 +40,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def without_workers(make: Any) -> Any:
+    return lambda *images, workers, **options: make(*images, workers=0, **options)
+
+
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without worker processes, and with one step of warm-up."""
-    monkeypatch.setattr(child, "BASELINE_WORKERS", 0)
+    for name in ("array_loader", "jpeg_loader"):
+        monkeypatch.setattr(child.baseline, name, without_workers(getattr(child.baseline, name)))
     monkeypatch.setattr(child, "warm_up", lambda step: bool(torch.isfinite(step()).all()))
 
 
@@ -179,6 +184,28 @@ def test_modes_without_evaluation(measure: Any, mode: Any) -> None:
     assert len(found["timing"]["block_s"]) == 4
     assert "measure" in [event.get("stage") for event in events]
     assert found["memory"]["host_rss_peak_mib"] > 0
+
+
+def test_compute_starts_anew_in_each_epoch(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that has learned its only batch takes less power."""
+    losses: list[float] = []
+    make_step = child.make_step
+
+    def spied(*arguments: Any) -> Any:
+        step, players = make_step(*arguments)
+
+        def heard(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            loss = step(images, labels)
+            losses.append(loss.item())
+            return loss
+
+        return heard, players
+
+    monkeypatch.setattr(child, "make_step", spied)
+    measure(replace(EAGER, workload="conv-autoencoder", mode="compute"))  # without dropout, so that losses tell
+    first, second = losses[-4:-2], losses[-2:]
+    assert first == second
+    assert first[0] > first[1]
 
 
 def test_compute_trains_on_one_resident_batch(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:

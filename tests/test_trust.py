@@ -111,7 +111,7 @@ def test_sustained(tmp_path: Path, end: float, holds: bool) -> None:
 
 
 def test_what_is_planted_around_the_timed_region_does_what_it_says(tmp_path: Path) -> None:
-    def timed(workload: Any, step: Any, loader: Any, device: Any, emit: Any) -> str:
+    def timed(workload: Any, step: Any, loader: Any, device: Any, begin: Any, emit: Any) -> str:
         emit(timed=True)
         for _ in range(workload.recipe.epochs):
             for batch in loader.epoch():
@@ -136,7 +136,7 @@ def test_what_is_planted_around_the_timed_region_does_what_it_says(tmp_path: Pat
     ):
         code: dict[str, Any] = {"time_batches": timed, "time": time, "json": json, "Path": Path}
         exec(planted, code)
-        assert code["time_batches"](workload, step, loader, "cpu", lambda **event: told.append(event)) == "memory"
+        assert code["time_batches"](workload, step, loader, "cpu", None, lambda **event: told.append(event)) == "memory"
         assert steps == ["ab"] * 6 * runs
         assert len(json.loads(path.read_text())) == runs // 2
         steps.clear()

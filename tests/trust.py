@@ -93,9 +93,9 @@ BARE = (
     ONCE
     + """
 
-def time_batches(workload, step, loader, device, emit):
+def time_batches(workload, step, loader, device, begin, emit):
     def harnessed_s():
-        return _heard("timing", "train_s", workload, step, loader, device)
+        return _heard("timing", "train_s", workload, step, loader, device, begin)
 
     def bare_s():
         batches = list(loader.epoch()) * workload.recipe.epochs
@@ -110,7 +110,7 @@ def time_batches(workload, step, loader, device, emit):
         first, second = (harnessed_s, bare_s)[:: 1 - turn % 2 * 2]
         pairs.append((first(), second())[:: 1 - turn % 2 * 2])
     Path("{path}").write_text(json.dumps(pairs))
-    return _once(workload, step, loader, device, emit)
+    return _once(workload, step, loader, device, begin, emit)
 """
 )
 # … again and again, for so many seconds: the throughput of each.
@@ -118,13 +118,13 @@ SUSTAINED = (
     ONCE
     + """
 
-def time_batches(workload, step, loader, device, emit):
+def time_batches(workload, step, loader, device, begin, emit):
     start, found = time.perf_counter(), []
     while not found or found[-1][0] < {seconds}:
-        speed = _heard("throughput", "images_per_s", workload, step, loader, device)
+        speed = _heard("throughput", "images_per_s", workload, step, loader, device, begin)
         found.append((time.perf_counter() - start, speed))
     Path("{path}").write_text(json.dumps(found))
-    return _once(workload, step, loader, device, emit)
+    return _once(workload, step, loader, device, begin, emit)
 """
 )
 DEAF = {"gpu.py": "\n\nSampler._run = lambda self: None\n"}  # the card's state is not sampled
