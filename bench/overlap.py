@@ -44,6 +44,7 @@ class WeightsFirst(CustomGraphPass):
 
 OVERLAP: dict[str, Any] = {
     "post_grad_custom_pre_pass": WeightsFirst(),
+    "reorder_for_peak_memory": False,  # which may put the images' gradient first again
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
 }
