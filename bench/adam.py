@@ -35,7 +35,7 @@ class MasterAdam(torch.optim.Adam):
     def __init__(self, weights: list[nn.Parameter], compile: bool, **options: Any) -> None:
         super().__init__(weights, **options)
         self._update = torch.compile(update, fullgraph=True, dynamic=False) if compile else update
-        self._halves = [weight for weight in weights if weight.dtype is not torch.float32]
+        self._halves = [weight for weight in weights if weight.dtype is torch.bfloat16]
         # 1 - betaᵗ after t steps: the same for all
         corrections = {name: torch.zeros((), device=weights[0].device) for name in ("correction", "correction_sq")}
         for weight in self._halves:
@@ -91,7 +91,8 @@ def update(
         assert half_gradient is not None
         master, gradient = master_of(weight, rest), half_gradient.float()
         if decay:
-            gradient = gradient + decay * master
+            # in this order: where a gradient lies otherwise than its weight, torch 2.11 compiles the other one wrongly
+            gradient = decay * master + gradient
         average.lerp_(gradient, 1 - betas[0])
         square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
         spread = (square / correction_sq).sqrt() + eps

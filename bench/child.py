@@ -140,7 +140,7 @@ def run(order: Order, emit: Emit) -> None:
     evaluate = make_evaluation(workload, network, eval_loader, tuning, device)
 
     emit(stage="compile" if tuning.compile else "warm-up")
-    initial = {name: value.to("cpu", copy=True) for name, value in network.state_dict().items()}
+    initial = {name: on_host(value) for name, value in network.state_dict().items()}
     resident = Resident(loader)
     parts.take("loaders_mib")
     loader.close()
@@ -266,6 +266,11 @@ def prepare(network: nn.Module, tuning: Tuning, device: torch.device) -> None:
         # Sums over half a million pixels, as patches have them, are to be made in 32 bits, as cuDNN's are.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def on_host(value: torch.Tensor) -> torch.Tensor:
+    """A copy of it in the host's memory, from where it goes back to a GPU in a few milliseconds."""
+    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value)
 
 
 def make_loader(
@@ -437,7 +442,7 @@ def time_batches(
     `begin` is called before each epoch.
 
     Raises:
-        Diverged: the last result is not finite.
+        Diverged: the last result of an epoch is not finite.
     """
     timing = Timing(device, emit)
     memory = PeakMemory(device, Captured.own_bytes)
@@ -459,8 +464,8 @@ def time_batches(
             clock.stop()
         emit(timed=False)
         timing.add(images, steps)
-    if not torch.isfinite(result).all():
-        raise Diverged(f"a result that is not finite after {workload.recipe.epochs} epochs")
+        if not torch.isfinite(result).all():
+            raise Diverged(f"a result that is not finite after {steps} steps")
     return memory.summary()
 
 

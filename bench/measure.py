@@ -26,7 +26,7 @@
   its replays use that memory without allocating it.
 - Raw block times are kept; medians, intervals and verdicts are derived later.
 - Compute-only, on images that stay the same, starts anew in each epoch: a network that has learned them by heart, or
-  has collapsed, multiplies smaller numbers, which takes less power, and a card at its power cap is then up to 7 %
+  has collapsed, multiplies smaller numbers, which takes less power, and a card at its power cap is then up to 8 %
   faster (H200, cifar100-cnn). Until November 27th 2026 it did not, in version 3.
 - Images per second counts images that were really trained on, once each, over the time of exactly those steps.
 - Records whose `timing_version` differs are never compared. Version 1 counted evaluation and warm-up in peak memory, an

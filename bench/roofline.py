@@ -9,7 +9,7 @@ not counted. Bytes are counted twice:
 - *fused*: each of the products (forward, gradient of the weights, gradient of the inputs) reads its two operands once
   and writes its result once; all that follows it, pooling too, happens before the result is written.
 
-What is counted of an update is autocast's: `adam.MasterAdam`, which casts nothing, moves 12 bytes less a weight.
+What is counted of an update is autocast's: `adam.MasterAdam`, which casts nothing, moves 14 bytes less a weight.
 
 In both, a sum of two branches reads one of them once more, and weights and their update come on top, once a step.
 `kernels` lists what an execution really launches, in which norm, pooling and activations are passes of their own: the

@@ -126,7 +126,7 @@ class Workload:
     source: Recipe
     quick: Recipe
     eval_batch_size: int
-    baseline_workers: int = 16  # of `eager`'s DataLoader, at most one a core: the fastest end to end of up to 16
+    baseline_workers: int = 16  # of `eager`'s DataLoader, at most one a core: more load faster but start later
     target: float | None = None  # in the metric's unit; a run reaches it by its final metric
     also_at_least: Mapping[str, float] | None = None  # further metrics that the final epoch must reach
     target_share: float | None = None  # SWD: the share of (untrained - real) that may be left

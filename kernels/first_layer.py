@@ -30,7 +30,8 @@ from .patches_in_registers import (
     summed,
 )
 
-WIDEST = 128  # outputs
+WIDEST = 128  # outputs …
+LARGEST = 128  # … and values of a patch
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda values: values,
     "relu": F.relu,
@@ -57,7 +58,7 @@ def takes(weight: Tensor) -> bool:
     if side != other or not 16 <= outputs <= WIDEST or outputs % 8:
         return False
     lines, length = lines_and_length(channels, side)
-    return length <= LONGEST and side // lines <= MOST_PIECES
+    return side**2 * channels <= LARGEST and length <= LONGEST and side // lines <= MOST_PIECES
 
 
 def runs_on(images: Tensor) -> bool:

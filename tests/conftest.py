@@ -1,5 +1,6 @@
 """What all tests share: the rules for tests that need a GPU or real images."""
 
+import gc
 import os
 import signal
 import sys
@@ -22,6 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     loaded = sys.modules.get("torch")  # not imported here: tests of tables and statistics run without it
     if loaded is not None:
         loaded.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _collectable() -> Iterator[None]:
+    """A case that is timed leaves what there is out of garbage collections."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

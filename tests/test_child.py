@@ -7,9 +7,11 @@ import math
 import re
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -159,20 +161,37 @@ def test_nothing_is_kept_from_warm_up(measure: Any, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("mode", ["e2e", "compute", "loader"])
 def test_no_epoch_collects_what_was_made_before(measure: Any, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
-    """A full collection takes as long as some epochs do."""
+    """A full collection takes as long as some epochs do. What is garbage goes before."""
     looked_through: list[int] = []
+    kept: list[bool] = []
     start = child.BlockClock.start
 
     def count(clock: child.BlockClock) -> None:
         looked_through.append(len(gc.get_objects()))  # without those that are left out
+        kept.append(garbage() is not None)
         start(clock)
 
     monkeypatch.setattr(child.BlockClock, "start", count)
+    gc.disable()
+    cycle = type("Cycle", (), {})()
+    cycle.itself, garbage = cycle, weakref.ref(cycle)
+    del cycle
     try:
         measure(replace(EAGER, mode=mode))
     finally:
-        gc.unfreeze()
+        gc.enable()
+    gc.unfreeze()
     assert max(looked_through[-2:]) < len(gc.get_objects()) / 50
+    assert kept[-2:] == [False, False]
+
+
+@pytest.mark.parametrize(("workload", "cores", "workers"), [(mnist_cnn, 32, 16), (dcgan, 32, 8), (dcgan, 4, 4)])
+def test_workers_of_the_baseline(monkeypatch: pytest.MonkeyPatch, workload: Any, cores: int, workers: int) -> None:
+    monkeypatch.setattr(child.parallel, "cores", lambda: cores)
+    for name in ("array_loader", "jpeg_loader"):
+        monkeypatch.setattr(child.baseline, name, lambda *images, workers, **options: workers)
+    images: Any = SimpleNamespace(images=None, files=(), labels=None)
+    assert child.make_loader(workload(), images, TUNINGS["eager"](None), CPU, train=True, seed=0) == workers
 
 
 @pytest.mark.parametrize("mode", ["compute", "loader"])

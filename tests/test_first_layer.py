@@ -155,11 +155,14 @@ def compare_images_gradients(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu", "elu"])
 @pytest.mark.parametrize("case", [*STRIDED, LARGE[-2]], ids=str)
-def test_gradients_of_the_images_too(case: tuple[int, ...], activation: str, compiled: bool) -> None:
-    compare_images_gradients(case, torch.bfloat16, activation, "cuda", compiled)
+def test_gradients_of_the_images_too(
+    case: tuple[int, ...], activation: str, compiled: bool, dtype: torch.dtype
+) -> None:
+    compare_images_gradients(case, dtype, activation, "cuda", compiled)
 
 
 def transposed(case: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -220,7 +223,14 @@ def test_on_a_cpu_it_equals_the_reference(by_images: bool, activation: str) -> N
 
 def test_what_the_kernels_do_not_take() -> None:
     images = torch.ones(1, 3, 8, 8)
-    for weight in (torch.ones(32, 3, 6, 6), torch.ones(20, 3, 3, 3), torch.ones(256, 3, 3, 3), torch.ones(32, 2, 3, 3)):
+    assert first_layer.takes(torch.ones(128, 4, 5, 5))
+    assert not first_layer.takes(torch.ones(128, 6, 5, 5))  # whose patches are too long
+    for weight in (
+        torch.ones(32, 3, 6, 6),
+        torch.ones(20, 3, 3, 3),
+        torch.ones(256, 3, 3, 3),
+        torch.ones(32, 2, 3, 3),
+    ):
         with pytest.raises(ValueError, match="on images of 3 channels"):
             conv(images, weight, torch.ones(len(weight)), 1, 1, "relu")
     with pytest.raises(ValueError, match="none of none, relu, leaky_relu, elu, silu"):
@@ -236,6 +246,7 @@ if __name__ == "__main__":
             if one in STRIDED:
                 compare_with_float64(one, kind, "leaky_relu", "cpu")
                 compare_transposes(one, kind, "cpu")
-                compare_images_gradients(one, kind, "leaky_relu", "cpu")
+                for activation in ("none", "relu", "leaky_relu", "elu"):
+                    compare_images_gradients(one, kind, activation, "cpu")
         sum_exactly(one, "cpu")
     print("equal")

@@ -134,21 +134,23 @@ import re, sys
 import torch
 from dataclasses import replace
 sys.path.insert(0, sys.argv[1])
-from new_network import TinyCnn, tiny_cnn
+from new_network import tiny_cnn
+from torch import nn
 from torch._inductor.utils import run_and_get_code
 from netdyno.bench import parallel
 from netdyno.bench.step import make_step
 from netdyno.bench.tuning import eager
 
 parallel.join(torch.device("cpu"))
-parallel.LARGE = 128  # elements: the weights of the last layer
+parallel.LARGE = 128  # elements: the weights of the last two layers
 torch.set_num_threads(1)
 torch.manual_seed(parallel.rank())
 images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
 
 def train(compiled):
     torch.manual_seed(0)
-    network = TinyCnn()
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(128, 2)]
+    network = nn.Sequential(*layers)
     step, _ = make_step(tiny_cnn(), network, replace(eager(None), compile=compiled), torch.device("cpu"), steps=9)
     losses, code = run_and_get_code(lambda: torch.stack([step(images, labels) for _ in range(3)]))
     weights = torch.cat([weight.detach().flatten() for weight in network.parameters()])
@@ -171,8 +173,12 @@ parallel.leave()
 
 @pytest.mark.slow
 def test_compiled_sums_are_on_their_way_during_the_backward_pass() -> None:
-    """Of two ranks, with the losses and weights of eager ones; apart they go their own ways."""
-    order = "mm all_reduce_ mm convolution_backward all_reduce_ wait_tensor wait_tensor\n"
+    """Of two ranks, with the losses and weights of eager ones; apart they go their own ways.
+
+    A layer's weights get their gradient, whose sum starts, before its images theirs.
+    """
+    second, first = "convolution_backward all_reduce_ convolution_backward", "convolution_backward all_reduce_"
+    order = f"mm all_reduce_ mm {second} {first} wait_tensor wait_tensor wait_tensor\n"
     assert in_ranks(OVERLAP, str(Path(__file__).parent)) == [order] * 2
 
 
