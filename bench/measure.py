@@ -15,7 +15,7 @@
   the epoch's. Until November 26th 2026 version 3 had that inside the first epoch, 1.5 to 2.5 ms, and let JPEGs of the
   next evaluation be decoded in the training time after one.
   Python's garbage is collected before; within, only what came since is looked through for it. Until November 27th 2026
-  a full collection could fall into the timed region, 0.15 to 0.3 s in one epoch of a compiled network.
+  a full collection could fall into the timed region, some 0.2 s in one epoch of a compiled network.
   Where several steps are one CUDA graph, a block is a whole number of replays. The wall clock of the
   epoch is recorded beside them.
 - Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first epoch
@@ -25,9 +25,9 @@
 - Peak memory is that of torch's allocations in training, and what a captured step allocated while it was captured:
   its replays use that memory without allocating it.
 - Raw block times are kept; medians, intervals and verdicts are derived later.
-- Compute-only, on images that stay the same, starts anew in each epoch: a network that has learned them by heart, or
-  has collapsed, multiplies smaller numbers, which takes less power, and a card at its power cap is then up to 8 %
-  faster (H200, cifar100-cnn). Until November 27th 2026 it did not, in version 3.
+- Compute-only, on images that stay the same, starts anew in each epoch. While it went on, until November 27th 2026, in
+  version 3, some runs became up to 8 % faster at a card's power cap (H200, cifar100-cnn): a network that has learned
+  them by heart, or has collapsed, seems to take less power.
 - Images per second counts images that were really trained on, once each, over the time of exactly those steps.
 - Records whose `timing_version` differs are never compared. Version 1 counted evaluation and warm-up in peak memory, an
   evaluation in compile times, and the evaluations' share in the means of the GPU's state; version 2 left the loader's

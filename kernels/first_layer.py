@@ -20,13 +20,13 @@ from .patches_in_registers import (
     LEAK,
     LONGEST,
     MOST_PIECES,
-    back_triton,
     conv_triton,
     empty_out,
     empty_patches,
     gradient_triton,
     lines_and_length,
     partial_shape,
+    patches_gradient_triton,
     summed,
 )
 
@@ -88,12 +88,12 @@ def _(images: Tensor, gradient: Tensor, out: Tensor, side: int, stride: int, pad
     return images.new_empty(partial_shape(out, images.shape[1], side), dtype=torch.float32)
 
 
-@torch.library.custom_op("netdyno::first_layer_back", mutates_args=())
-def _back(gradient: Tensor, out: Tensor, weight: Tensor, activation: str) -> Tensor:
-    return back_triton(gradient, out, weight, activation)
+@torch.library.custom_op("netdyno::first_layer_patches_gradient", mutates_args=())
+def _patches_gradient(gradient: Tensor, out: Tensor, weight: Tensor, activation: str) -> Tensor:
+    return patches_gradient_triton(gradient, out, weight, activation)
 
 
-@_back.register_fake
+@_patches_gradient.register_fake
 def _(gradient: Tensor, out: Tensor, weight: Tensor, activation: str) -> Tensor:
     return empty_patches(gradient, weight)
 
@@ -110,7 +110,7 @@ def _backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
     of_images = of_weight = of_bias = None
     if ctx.needs_input_grad[0]:
         window = patches.Window(weight.shape[2], stride, padding)
-        of_patches = _back(gradient, out, patches.rows(weight, window).to(out.dtype), activation)
+        of_patches = _patches_gradient(gradient, out, patches.rows(weight, window).to(out.dtype), activation)
         of_images = patches.fold(of_patches, window, images.shape)
     if any(ctx.needs_input_grad[1:3]):
         partial = _gradient(images, gradient, out, weight.shape[2], stride, padding, activation)

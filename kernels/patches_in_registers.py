@@ -26,7 +26,7 @@ LEAK = tl.constexpr(0.2)  # slope of "leaky_relu" below zero
 PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor …
 PROGRAMS_OF_MOST = 264  # … and of the most pieces, whose sums take more registers, two
 STAGES = 3  # … in which tiles are under way, where that gains anything (H200) and shared memory has room for them
-BACK = 64  # pixels of a program's block of `back_kernel`
+BLOCK = 64  # pixels of a program's block of `patches_gradient_kernel`
 STAGED = range(17, 65)  # outputs, in a 16-bit type
 
 
@@ -255,7 +255,7 @@ def gradient_kernel(
 
 
 @triton.jit
-def back_kernel(
+def patches_gradient_kernel(
     gradient,
     out,
     weight,
@@ -353,7 +353,7 @@ def gradient_triton(
     return partial
 
 
-def back_triton(gradient: Tensor, out: Tensor, weight: Tensor, activation: str) -> Tensor:
+def patches_gradient_triton(gradient: Tensor, out: Tensor, weight: Tensor, activation: str) -> Tensor:
     """What the images' gradient is put together from, patches [B·HO·WO, ROW] of the gradient's type.
 
     gradient: [B, O, HO, WO], of `out`, which is what `conv_triton` gave. weight: [O, ROW], laid out as patches are, of
@@ -362,24 +362,24 @@ def back_triton(gradient: Tensor, out: Tensor, weight: Tensor, activation: str) 
     gradient, out = (given.contiguous(memory_format=torch.channels_last) for given in (gradient, out))
     patches = empty_patches(gradient, weight)
     with torch.cuda.device_of(gradient):
-        back_kernel[(triton.cdiv(len(patches), BACK),)](
+        patches_gradient_kernel[(triton.cdiv(len(patches), BLOCK),)](
             gradient,
             out,
             weight.contiguous(),
             patches,
             len(patches),
-            **_back_constants(weight, activation),
+            **_patches_gradient_constants(weight, activation),
         )
     return patches
 
 
 def empty_patches(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Room for what `back_triton` gives."""
+    """Room for what `patches_gradient_triton` gives."""
     b, _, height, width = gradient.shape
     return gradient.new_empty(b * height * width, weight.shape[1])
 
 
-def _back_constants(weight: Tensor, activation: str) -> dict[str, int | str]:
+def _patches_gradient_constants(weight: Tensor, activation: str) -> dict[str, int | str]:
     outputs, row = weight.shape
     wide, length = (max(NARROWEST, triton.next_power_of_2(size)) for size in (outputs, row))
     return {
@@ -388,7 +388,7 @@ def _back_constants(weight: Tensor, activation: str) -> dict[str, int | str]:
         "WIDE": wide,
         "LENGTH": length,
         "ACTIVATION": activation,
-        "BLOCK": BACK,
+        "BLOCK": BLOCK,
     }
 
 

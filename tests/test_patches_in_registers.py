@@ -10,7 +10,7 @@ import torch
 import without_gpu
 
 from netdyno.kernels import patches_in_registers
-from netdyno.kernels.patches_in_registers import back_kernel, conv_kernel, gradient_kernel
+from netdyno.kernels.patches_in_registers import conv_kernel, gradient_kernel, patches_gradient_kernel
 
 SHARED = {80: 163, 86: 99, 90: 227, 120: 99}  # KiB that a block may have, by compute capability
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -67,9 +67,9 @@ def test_they_compile_without_a_gpu(kernel: Any, layer: Layer, capability: int) 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("size", [(128, 80), (64, 48)])
 def test_the_images_gradient_compiles_without_a_gpu(size: tuple[int, int], dtype: torch.dtype, capability: int) -> None:
-    values = patches_in_registers._back_constants(torch.empty(size, dtype=dtype), "leaky_relu")
+    values = patches_in_registers._patches_gradient_constants(torch.empty(size, dtype=dtype), "leaky_relu")
     pointers = dict.fromkeys(("gradient", "out", "weight", "patches"), TYPES[dtype])
-    made = without_gpu.compiled(back_kernel, values, pointers, capability, {})
+    made = without_gpu.compiled(patches_gradient_kernel, values, pointers, capability, {})
     assert "mma" in made.asm["ptx"]
     assert made.metadata.shared <= 1024 * SHARED[capability]
 
