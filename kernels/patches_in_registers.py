@@ -18,13 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS, ROWS = 32, 4  # of a tile: a pixel for each of 128 threads
+COLUMNS, ROWS = 32, 4  # of a tile: a pixel for each of 128 threads …
+ROWS_OF_MOST = 2  # … but forward of the most pieces, all of which a thread holds: two threads a pixel
 NARROWEST = 16  # side of a product
 LONGEST = 64  # values of a piece …
 MOST_PIECES = 5  # … and pieces of a patch, at most
 LEAK = tl.constexpr(0.2)  # slope of "leaky_relu" below zero
 PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor …
 PROGRAMS_OF_MOST = 264  # … and of the most pieces, whose sums take more registers, two
+KEEPERS = 264  # programs forward, about, where each keeps the weights: two on each multiprocessor
+KEPT = 33  # outputs, from which on that gains anything (H200); of fewer a program is for one tile
 STAGES = 3  # … in which tiles are under way, where that gains anything (H200) and shared memory has room for them
 BLOCK = 64  # pixels of a program's block of `patches_gradient_kernel`
 STAGED = range(17, 65)  # outputs, in a 16-bit type
@@ -73,6 +76,22 @@ def _pixels(tile, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr, COLUMNS: tl
 
 
 @triton.jit
+def _task(
+    turn,
+    tasks,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """What a program does in a turn: the image's number, and the pixels of its tile, as `_pixels` gives them."""
+    task = turn * tl.num_programs(0) + tl.program_id(0)
+    y, x, there = _pixels(task % TILES, OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS)
+    return (tl.minimum(task, tasks - 1) // TILES).to(tl.int64), y, x, there & (task < tasks)
+
+
+@triton.jit
 def _factors(
     weight,
     weight_o,
@@ -99,11 +118,36 @@ def _factors(
 
 
 @triton.jit
+def _all_patches(
+    image,
+    y,
+    x,
+    there,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SIDE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    LINES: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """All pieces of `_patches`."""
+    pieces = ()
+    for first in tl.static_range(0, SIDE, LINES):
+        pieces += (
+            _patches(image, y, x, there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, first, LINES, LENGTH),
+        )
+    return pieces
+
+
+@triton.jit
 def conv_kernel(
     images,
     weight,
     bias,
     out,
+    tasks,
     weight_o,
     weight_c,
     weight_y,
@@ -124,18 +168,19 @@ def conv_kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
+    TURNS: tl.constexpr,
     MIRRORED: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """Programs: tiles of images, TILES of each. MIRRORED: the taps. out: [B, HO, WO, O]."""
-    n = (tl.program_id(0) // TILES).to(tl.int64)
-    image = images + n * (HEIGHT * WIDTH * CHANNELS)
-    y, x, there = _pixels(tl.program_id(0) % TILES, OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS)
+    """Programs: parts of the tasks, which are tiles of images, TILES of each; TURNS a program.
+
+    The weights stay on chip, and a tile's patches are on their way while the tile before is computed.
+    MIRRORED: the taps. out: [B, HO, WO, O].
+    """
     o = tl.arange(0, WIDE)
-    total = tl.zeros([COLUMNS * ROWS, WIDE], tl.float32)
+    factors = ()
     for first in tl.static_range(0, SIDE, LINES):
-        values = _patches(image, y, x, there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, first, LINES, LENGTH)
-        factors = _factors(
+        of_piece = _factors(
             weight,
             weight_o,
             weight_c,
@@ -150,19 +195,36 @@ def conv_kernel(
             LENGTH,
             WIDE,
         )
-        total = tl.dot(values, factors.to(values.dtype), total)
+        factors += (of_piece.to(images.dtype.element_ty),)
     if BIASED:
-        total += tl.load(bias + o, mask=o < OUTPUTS, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == "relu":
-        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "leaky_relu":
-        total = tl.where(total > 0, total, LEAK * total)
-    elif ACTIVATION == "elu":
-        total = tl.where(total > 0, total, tl.exp(total) - 1)
-    elif ACTIVATION == "silu":
-        total = total * tl.sigmoid(total)
-    at = out + n * (OUT_HEIGHT * OUT_WIDTH * OUTPUTS) + ((y * OUT_WIDTH + x) * OUTPUTS)[:, None] + o[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=there[:, None] & (o < OUTPUTS)[None, :])
+        shift = tl.load(bias + o, mask=o < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+    n, y, x, there = _task(0, tasks, OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS, TILES)
+    image = images + n * (HEIGHT * WIDTH * CHANNELS)
+    values = _all_patches(image, y, x, there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, LINES, LENGTH)
+    for turn in range(TURNS):
+        if TURNS > 1:
+            next_n, next_y, next_x, next_there = _task(turn + 1, tasks, OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS, TILES)
+            image = images + next_n * (HEIGHT * WIDTH * CHANNELS)
+            next_values = _all_patches(
+                image, next_y, next_x, next_there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, LINES, LENGTH
+            )
+        total = tl.zeros([COLUMNS * ROWS, WIDE], tl.float32)
+        for piece in tl.static_range(SIDE // LINES):
+            total = tl.dot(values[piece], factors[piece], total)
+        if BIASED:
+            total += shift
+        if ACTIVATION == "relu":
+            total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        elif ACTIVATION == "leaky_relu":
+            total = tl.where(total > 0, total, LEAK * total)
+        elif ACTIVATION == "elu":
+            total = tl.where(total > 0, total, tl.exp(total) - 1)
+        elif ACTIVATION == "silu":
+            total = total * tl.sigmoid(total)
+        at = out + n * (OUT_HEIGHT * OUT_WIDTH * OUTPUTS) + ((y * OUT_WIDTH + x) * OUTPUTS)[:, None] + o[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=there[:, None] & (o < OUTPUTS)[None, :])
+        if TURNS > 1:
+            n, y, x, there, values = next_n, next_y, next_x, next_there, next_values
 
 
 @triton.jit
@@ -223,15 +285,12 @@ def gradient_kernel(
     t3 = t0
     t4 = t0
     for turn in range(TURNS):
-        task = turn * tl.num_programs(0) + part
-        n = tl.minimum(task, tasks - 1) // TILES
-        y, x, there = _pixels(task % TILES, OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS)
-        there &= task < tasks
-        at = n.to(tl.int64) * (OUT_HEIGHT * OUT_WIDTH * OUTPUTS)
+        n, y, x, there = _task(turn, tasks, OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS, TILES)
+        at = n * (OUT_HEIGHT * OUT_WIDTH * OUTPUTS)
         place = ((y * OUT_WIDTH + x) * OUTPUTS)[:, None] + o[None, :]
         stored = there[:, None] & (o < OUTPUTS)[None, :]
         slope = _before_activation(gradient + at + place, out + at + place, stored, ACTIVATION)
-        image = images + n.to(tl.int64) * (HEIGHT * WIDTH * CHANNELS)
+        image = images + n * (HEIGHT * WIDTH * CHANNELS)
         for piece in tl.static_range(PIECES):
             first = piece * LINES
             values = _patches(image, y, x, there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, first, LINES, LENGTH)
@@ -308,14 +367,20 @@ def conv_triton(
     if transposed:
         weight = weight.transpose(0, 1)
     out = empty_out(images, len(weight), weight.shape[2], stride, padding)
+    lines, _ = lines_and_length(images.shape[1], weight.shape[2])
+    rows = ROWS_OF_MOST if weight.shape[2] // lines == MOST_PIECES else ROWS
+    tasks = _tasks(out, rows)
+    turns, parts = _turns_and_parts(tasks, KEEPERS if len(weight) >= KEPT else tasks)
     with torch.cuda.device_of(images):
-        conv_kernel[(len(images) * _tiles(out),)](
+        conv_kernel[(parts,)](
             images,
             weight,
             weight if bias is None else bias,
             out,
+            tasks,
             *weight.stride(),
-            **_constants(images, out, weight.shape[2], stride, padding, activation),
+            **_constants(images, out, weight.shape[2], stride, padding, activation, rows),
+            TURNS=turns,
             MIRRORED=transposed,
             BIASED=bias is not None,
         )
@@ -337,7 +402,8 @@ def gradient_triton(
     """
     images, gradient, out = (given.contiguous(memory_format=torch.channels_last) for given in (images, gradient, out))
     shape = partial_shape(out, images.shape[1], side)
-    turns, _ = turns_and_parts(out, shape[1])
+    tasks = _tasks(out, ROWS)
+    turns, _ = _turns_and_parts(tasks, _programs_of_gradient(shape[1]))
     partial = torch.empty(shape, dtype=torch.float32, device=images.device)
     with torch.cuda.device_of(images):
         gradient_kernel[(len(partial),)](
@@ -345,8 +411,8 @@ def gradient_triton(
             gradient,
             out,
             partial,
-            len(out) * _tiles(out),
-            **_constants(images, out, side, stride, padding, activation),
+            tasks,
+            **_constants(images, out, side, stride, padding, activation, ROWS),
             TURNS=turns,
             num_stages=stages(out),
         )
@@ -397,23 +463,32 @@ def stages(out: Tensor) -> int:
     return STAGES if out.shape[1] in STAGED and out.itemsize == 2 else 1
 
 
-def _tiles(out: Tensor) -> int:
+def _tiles(out: Tensor, rows: int) -> int:
     """Of an image's outputs."""
-    return triton.cdiv(out.shape[3], COLUMNS) * triton.cdiv(out.shape[2], ROWS)
+    return triton.cdiv(out.shape[3], COLUMNS) * triton.cdiv(out.shape[2], rows)
 
 
-def turns_and_parts(out: Tensor, pieces: int) -> tuple[int, int]:
-    """How many tasks each program of a gradient does, and into how many parts they are cut."""
-    tasks = len(out) * _tiles(out)
-    turns = triton.cdiv(tasks, PROGRAMS_OF_MOST if pieces == MOST_PIECES else PROGRAMS)
+def _tasks(out: Tensor, rows: int) -> int:
+    """Tiles of all images' outputs."""
+    return len(out) * _tiles(out, rows)
+
+
+def _turns_and_parts(tasks: int, programs: int) -> tuple[int, int]:
+    """How many tasks each program does, and into how many parts they are cut: about as many as `programs`."""
+    turns = triton.cdiv(tasks, programs)
     return turns, triton.cdiv(tasks, turns)
+
+
+def _programs_of_gradient(pieces: int) -> int:
+    return PROGRAMS_OF_MOST if pieces == MOST_PIECES else PROGRAMS
 
 
 def partial_shape(out: Tensor, channels: int, side: int) -> tuple[int, int, int, int]:
     """Of what `gradient_triton` gives."""
     lines, length = lines_and_length(channels, side)
     pieces = side // lines
-    return turns_and_parts(out, pieces)[1], pieces, length, out.shape[1]
+    _, parts = _turns_and_parts(_tasks(out, ROWS), _programs_of_gradient(pieces))
+    return parts, pieces, length, out.shape[1]
 
 
 def summed(partial: Tensor, channels: int, side: int) -> tuple[Tensor, Tensor]:
@@ -430,7 +505,7 @@ def empty_out(images: Tensor, outputs: int, side: int, stride: int, padding: int
 
 
 def _constants(
-    images: Tensor, out: Tensor, side: int, stride: int, padding: int, activation: str
+    images: Tensor, out: Tensor, side: int, stride: int, padding: int, activation: str, rows: int
 ) -> dict[str, int | str]:
     channels, height, width = images.shape[1:]
     lines, length = lines_and_length(channels, side)
@@ -449,6 +524,6 @@ def _constants(
         "WIDE": max(NARROWEST, triton.next_power_of_2(out.shape[1])),
         "ACTIVATION": activation,
         "COLUMNS": COLUMNS,
-        "ROWS": ROWS,
-        "TILES": _tiles(out),
+        "ROWS": rows,
+        "TILES": _tiles(out, rows),
     }

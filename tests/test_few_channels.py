@@ -216,6 +216,7 @@ def compare_gradients() -> None:
 if __name__ == "__main__":
     compare_gradients()
     few_channels.PROGRAMS = patches_in_registers.PROGRAMS = 2  # several tasks for a program, and more room than tasks
+    patches_in_registers.KEEPERS, patches_in_registers.KEPT = 2, 1
     compare_kernels_with_float64("cpu", cases_of(SHAPES))
     compare_tensor_cores_with_float64("cpu", [case for case in cases_of(SHAPES) if case[2] is not torch.bfloat16])
     few_channels._by_tensor_cores = lambda images: True

@@ -240,6 +240,7 @@ def test_what_the_kernels_do_not_take() -> None:
 if __name__ == "__main__":
     first_layer.runs_on = lambda images: True
     patches_in_registers.PROGRAMS = patches_in_registers.PROGRAMS_OF_MOST = 2  # several blocks for a program
+    patches_in_registers.KEEPERS = 2
     for n, one in enumerate(CASES):
         for kind in (torch.float32, torch.float16):
             compare_with_float64(one, kind, ("relu", "elu", "silu", "leaky_relu")[n % 4], "cpu")

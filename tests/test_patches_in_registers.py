@@ -45,9 +45,14 @@ def compiled(kernel: Any, layer: Layer, capability: int) -> Any:
     images = torch.empty(2, layer.inputs, 32, 32, dtype=layer.dtype)
     out = patches_in_registers.empty_out(images, layer.outputs, layer.side, layer.stride, layer.padding)
     activation = "leaky_relu" if layer.stride == 2 else "relu" if layer.padding == 1 else "none"
-    values = patches_in_registers._constants(images, out, layer.side, layer.stride, layer.padding, activation)
-    mirrored = layer.padding == 2 and layer.stride == 1
-    values |= {"TURNS": 8} if kernel is gradient_kernel else {"MIRRORED": mirrored, "BIASED": True}
+    size = layer.side, layer.stride, layer.padding
+    rows = patches_in_registers.ROWS
+    if kernel is conv_kernel and layer.side == patches_in_registers.MOST_PIECES:
+        rows = patches_in_registers.ROWS_OF_MOST
+    values = patches_in_registers._constants(images, out, *size, activation, rows)
+    values["TURNS"] = 8 if kernel is gradient_kernel or layer.outputs >= patches_in_registers.KEPT else 1
+    if kernel is conv_kernel:
+        values |= {"MIRRORED": layer.padding == 2 and layer.stride == 1, "BIASED": True}
     pointers = dict.fromkeys(("images", "gradient", "out"), TYPES[layer.dtype])
     pointers |= dict.fromkeys(("weight", "bias", "partial"), "fp32")
     options = {"num_stages": patches_in_registers.stages(out)} if kernel is gradient_kernel else {}
