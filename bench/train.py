@@ -59,7 +59,7 @@ def train_epoch(
     """
     images = steps = 0
     total: torch.Tensor | None = None
-    on_the_way: deque[tuple[int, torch.Tensor]] = deque()
+    on_the_way: deque[tuple[int, int, torch.Tensor]] = deque()  # steps so far, batches of the loss, the loss
     # on the host, and taken before the clock starts, as such memory comes slowly
     places = cycle([torch.empty((), pin_memory=torch.cuda.is_available()) for _ in range(ON_THE_WAY)])
     clock.start()
@@ -70,11 +70,12 @@ def train_epoch(
         steps += batch.batches
         if clock.step(batch.batches):
             if len(on_the_way) == ON_THE_WAY:  # the copy was asked for before the block that is done by now
-                progress(*_checked(*on_the_way.popleft()))
-            on_the_way.append((steps, next(places).copy_(loss / batch.batches, non_blocking=True)))
+                done, batches_of, one = on_the_way.popleft()
+                progress(done, _checked(done, one.item() / batches_of))
+            on_the_way.append((steps, batch.batches, next(places).copy_(loss, non_blocking=True)))
     clock.stop()
     assert total is not None, "an epoch without a batch"
-    return Trained(_checked(steps, total / steps)[1], images, steps)
+    return Trained(_checked(steps, total.item() / steps), images, steps)
 
 
 def rehearse(device: torch.device) -> None:
@@ -84,11 +85,10 @@ def rehearse(device: torch.device) -> None:
     train_epoch(lambda *batch: loss, batches, BlockClock(device, len(batches)), lambda *done: None)
 
 
-def _checked(steps: int, loss: torch.Tensor) -> tuple[int, float]:
-    value = loss.item()
-    if not math.isfinite(value):
-        raise Diverged(f"training loss {value} after {steps} steps")
-    return steps, value
+def _checked(steps: int, loss: float) -> float:
+    if not math.isfinite(loss):
+        raise Diverged(f"training loss {loss} after {steps} steps")
+    return loss
 
 
 def make_evaluation(

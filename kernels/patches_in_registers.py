@@ -133,11 +133,9 @@ def _all_patches(
     LENGTH: tl.constexpr,
 ):
     """All pieces of `_patches`."""
-    pieces = ()
+    pieces: tl.tuple = ()
     for first in tl.static_range(0, SIDE, LINES):
-        pieces += (
-            _patches(image, y, x, there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, first, LINES, LENGTH),
-        )
+        pieces += (_patches(image, y, x, there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, first, LINES, LENGTH),)
     return pieces
 
 
@@ -178,7 +176,7 @@ def conv_kernel(
     MIRRORED: the taps. out: [B, HO, WO, O].
     """
     o = tl.arange(0, WIDE)
-    factors = ()
+    factors: tl.tuple = ()
     for first in tl.static_range(0, SIDE, LINES):
         of_piece = _factors(
             weight,

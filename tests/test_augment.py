@@ -1,5 +1,7 @@
 """The augmentation kernel: the reference against numpy, the kernel against the reference, compilation without a GPU."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from without_gpu import assert_equal_in_the_interpreter
 
-from netdyno.kernels.augment import BLOCK, augment, augment_kernel, augment_reference, augment_triton
+from netdyno.kernels.augment import BLOCK, Moves, augment, augment_kernel, augment_reference, augment_triton
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 SHAPES = [(5, 7, 9, 3), (3, 32, 32, 3), (4, 28, 28, 1), (2, 1, 1, 1), (3, 5, 5, 4), (2, 3, 400, 3)]
@@ -17,8 +19,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # relative: a rounding
 
 
-def case(shape: tuple[int, int, int, int], device: str = "cpu") -> tuple[Tensor, ...]:
-    """images, index, shift, flip: repeated rows, every corner of the range of shifts, both ways round."""
+def case(shape: tuple[int, int, int, int], device: str = "cpu") -> tuple[Tensor, Tensor, Moves]:
+    """images, index and moves: repeated rows, every corner of the range of shifts, both ways round."""
     draw = torch.Generator().manual_seed(0)
     s, h, w, _ = shape
     pad = min(4, h - 1, w - 1)
@@ -26,7 +28,7 @@ def case(shape: tuple[int, int, int, int], device: str = "cpu") -> tuple[Tensor,
     shift = torch.tensor([[y, x] for y in (-pad, 0, pad) for x in (-pad, 0, pad)] * 2, dtype=torch.int32)
     flip = torch.tensor([False, True] * 9)
     index = torch.randint(0, s, (18,), generator=draw)
-    return tuple(tensor.to(device) for tensor in (images, index, shift, flip))
+    return images.to(device), index.to(device), Moves(shift.to(device), flip.to(device))
 
 
 def constants(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -35,18 +37,17 @@ def constants(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def compare_kernel_with_reference(device: str) -> None:
     for shape in SHAPES:
-        inputs = case(shape, device)
+        images, index, moves = case(shape, device)
         mean, std = constants(shape[3])
-        for dtype in DTYPES:
-            expected = augment_reference(*inputs, mean, std, dtype)
-            got = augment_triton(*inputs, mean, std, dtype)
+        for dtype, moved in itertools.product(DTYPES, (moves, None)):
+            expected = augment_reference(images, index, moved, mean, std, dtype)
+            got = augment_triton(images, index, moved, mean, std, dtype)
             assert got.dtype == dtype
             assert got.shape == expected.shape
             assert got.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(got, expected, atol=1e-6, rtol=TOLERANCE[dtype])
         # as loaders call it: uint8 flips, slices that are not aligned to 16 bytes
-        images, index, shift, flip = inputs
-        sliced = (images, index[1:4], shift[1:4], flip.to(torch.uint8)[1:4])
+        sliced = (images, index[1:4], Moves(moves.shift[1:4], moves.flip.to(torch.uint8)[1:4]))
         torch.testing.assert_close(
             augment_triton(*sliced, mean, std, torch.float32),
             augment_reference(*sliced, mean, std, torch.float32),
@@ -57,10 +58,10 @@ def compare_kernel_with_reference(device: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference_is_pad_crop_flip_normalise(shape: tuple[int, int, int, int]) -> None:
-    images, index, shift, flip = case(shape)
+    images, index, (shift, flip) = case(shape)
     _, h, w, c = shape
     mean, std = constants(c)
-    got = augment_reference(images, index, shift, flip, mean, std, torch.float32)
+    got = augment_reference(images, index, Moves(shift, flip), mean, std, torch.float32)
     assert got.is_contiguous(memory_format=torch.channels_last)
     for row, (y, x), mirrored, image in zip(index, shift.tolist(), flip, got, strict=True):
         pad = max(abs(y), abs(x))
@@ -72,10 +73,11 @@ def test_reference_is_pad_crop_flip_normalise(shape: tuple[int, int, int, int]) 
 
 
 def test_nothing_moved_is_normalisation_alone() -> None:
-    images, index, shift, flip = case((6, 8, 8, 3))
-    got = augment(images, index, torch.zeros_like(shift), torch.zeros_like(flip), MEAN, STD, torch.bfloat16)
+    images, index, moves = case((6, 8, 8, 3))
     expected = (images[index] / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-    assert torch.equal(got, expected.permute(0, 3, 1, 2).bfloat16())
+    for still in (Moves(*map(torch.zeros_like, moves)), None):
+        got = augment(images, index, still, MEAN, STD, torch.bfloat16)
+        assert torch.equal(got, expected.permute(0, 3, 1, 2).bfloat16())
 
 
 def test_kernel_equals_reference_in_the_interpreter() -> None:
@@ -92,17 +94,20 @@ def test_offsets_beyond_32_bits() -> None:
     images = torch.zeros(2**31 // 3072 + 2, 32, 32, 3, dtype=torch.uint8, device="cuda")
     images[-1] = 255
     index = torch.tensor([len(images) - 1, 0], device="cuda")
-    still = torch.zeros(2, 2, dtype=torch.int32, device="cuda")
-    got = augment(images, index, still, still[:, 0].bool(), (0.0,) * 3, (1.0,) * 3, torch.float32)
-    assert got.mean(dim=(1, 2, 3)).tolist() == pytest.approx([1.0, 0.0])
+    zeros = torch.zeros(2, 2, dtype=torch.int32, device="cuda")
+    for still in (Moves(zeros, zeros[:, 0].bool()), None):
+        got = augment(images, index, still, (0.0,) * 3, (1.0,) * 3, torch.float32)
+        assert got.mean(dim=(1, 2, 3)).tolist() == pytest.approx([1.0, 0.0])
 
 
 @pytest.mark.parametrize(("capability", "out"), [(75, "fp16"), (75, "fp32"), (90, "fp16"), (90, "bf16"), (90, "fp32")])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_kernel_compiles_without_a_gpu(capability: int, out: str, channels: int) -> None:
+@pytest.mark.parametrize("moved", [True, False])
+def test_kernel_compiles_without_a_gpu(moved: bool, capability: int, out: str, channels: int) -> None:
     mean, std = constants(channels)
-    constexprs = {"SCALE": std, "OFFSET": mean, "H": 32, "W": 32, "C": channels, "BLOCK": BLOCK}
-    signature = {"images": "*u8", "index": "*i64", "shift": "*i32", "flip": "*u8", "out": f"*{out}"}
+    constexprs = {"SCALE": std, "OFFSET": mean, "H": 28, "W": 28, "C": channels, "MOVED": moved, "BLOCK": BLOCK}
+    moves = {"shift": "*i32", "flip": "*u8"} if moved else {"shift": "*i64", "flip": "*i64"}
+    signature = {"images": "*u8", "index": "*i64", **moves, "out": f"*{out}"}
     aligned = {(position,): [["tt.divisibility", 16]] for position in (0, 4)}  # images and out, as on launch
     source = ASTSource(augment_kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
@@ -111,6 +116,7 @@ def test_kernel_compiles_without_a_gpu(capability: int, out: str, channels: int)
     assert f".target sm_{capability}" in ptx
     assert ("bf16" in ptx) == (out == "bf16")
     assert "st.global.v4.b32" in ptx  # 16 bytes a thread: coalesced
+    assert ("ld.global.v2.b32" in ptx) != moved  # 8 values a thread in one
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ def compare_images_gradients(
     *_, stride, padding = case
     images, weight, bias = inputs_of(case, dtype, device)
     exact = weight.to(dtype).double()
+    torch._dynamo.reset()  # it stops at eight forms of one function
     function = torch.compile(conv, fullgraph=True) if compiled else conv
     images.requires_grad_()
     out = function(images, weight, bias, stride, padding, activation)
@@ -178,6 +179,7 @@ def transposed(case: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[
 def compare_transposes(case: tuple[int, ...], dtype: torch.dtype, device: str, compiled: bool = False) -> None:
     *_, stride, padding = case
     pixels, weight, bias, extra = transposed(case, dtype, device)
+    torch._dynamo.reset()  # it stops at eight forms of one function
     function = torch.compile(conv_transpose, fullgraph=True) if compiled else conv_transpose
     found = []
     for way, kind in ((function, dtype), (F.conv_transpose2d, torch.double)):

@@ -2,10 +2,10 @@
 
 Array sets (MNIST, CIFAR, faces): DALI handles a *super-batch* as one sample, because at 32×32 its cost a sample is what
 counts: 65–236 k images/s image by image, 160–360 µs an iteration by super-batch (H200). A set of up to `RESIDENT_BYTES`
-is brought to the device once and stays there; a super-batch is then an epoch's row numbers, shifts and flips. Of a
-larger set a super-batch is some 16k images: a thread gathers the rows of the next one while DALI copies one and the
-network trains on another. `kernels.augment` makes each batch in one pass. JPEG sets: DALI decodes, resizes and warps
-image by image, one batch an iteration.
+is brought to the device once and stays there; a super-batch is then an epoch's row numbers, and its shifts and flips
+where images are moved. Of a larger set a super-batch is some 16k images: a thread gathers the rows of the next one
+while DALI copies one and the network trains on another. `kernels.augment` makes each batch in one pass. JPEG sets: DALI
+decodes, resizes and warps image by image, one batch an iteration.
 
 Everything random is drawn on the host from a generator keyed by (seed, epoch) and travels with the images, so that an
 epoch is the same on every device. Iterations follow each other without end. The next one is taken from DALI while the
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.augment import augment
+from ...kernels.augment import Moves, augment
 from .. import parallel
 from ..errors import UserError
 from .loader import (
@@ -91,24 +91,24 @@ def array_loader(
 
     known = labels_or_zeros(labels, len(images))
     size = batches_per_run * batch_size
-    orders: Iterator[tuple[np.ndarray, ...]] = _orders(
+    moves = preprocess if train else _unmoved(preprocess)
+    orders = _orders(
         len(images),
         count=images_per_epoch,
         size=size,
-        preprocess=preprocess if train else _unmoved(preprocess),
+        preprocess=moves,
         seed=seed,
         shuffle=train,
         share=share,
     )
     # Numbers travel in no time: with a queue of two, the first epoch would wait for those of the second one too.
     depth = 1 if resident else 2
-    rehearsal: tuple[np.ndarray, ...] = (
-        np.zeros((1, size), np.int64),
-        np.zeros((1, size, 2), np.int32),
-        np.zeros((1, size), np.uint8),
-    )
+    rehearsal: tuple[np.ndarray, ...] = (np.zeros((1, size), np.int64),)
     dali, fn, types = import_dali()
-    dtypes, ndims = [types.INT64, types.INT32, types.UINT8], [1, 2, 1]
+    dtypes, ndims = [types.INT64], [1]
+    if _are_moved(moves):
+        rehearsal += np.zeros((1, size, 2), np.int32), np.zeros((1, size), np.uint8)
+        dtypes, ndims = [*dtypes, types.INT32, types.UINT8], [*ndims, 2, 1]
     if not resident:
         whole = np.ascontiguousarray(images)  # of a strided view np.take would make this copy at every call
         rehearsal = next(_gathered(iter([rehearsal]), whole, known))
@@ -273,7 +273,7 @@ class _DaliLoader:
 
     Outputs of the pipeline for JPEG `files`: images uint8 [S, H, W, C] and labels int64 [S]. For arrays a super-batch,
     which is one sample and so has a leading 1: images as above, unless they are `stored`, then int64 [1, S], row
-    numbers of stored images or else labels, shift int32 [1, S, 2] and flip uint8 [1, S].
+    numbers of stored images or else labels, and, where images are moved, shift int32 [1, S, 2] and flip uint8 [1, S].
     """
 
     def __init__(
@@ -318,10 +318,6 @@ class _DaliLoader:
         self._makes_ahead = makes_ahead
         self._made: tuple[int, Batch] | None = None  # an epoch and its first batches, made before it began
         self._index = torch.arange(batches_per_run * batch_size, device=device)
-        self._no_moves = (
-            torch.zeros(len(self._index), 2, dtype=torch.int32, device=device),
-            torch.zeros(len(self._index), dtype=torch.uint8, device=device),
-        )
         # DALI makes its threads and its memory in a first run, which is as many iterations as its queue is deep. Those
         # are none of an epoch's.
         pipeline.build()
@@ -367,7 +363,7 @@ class _DaliLoader:
 
     def _make(self, outputs: list[Tensor], run: int, k: int) -> Batch:
         """As many batches as come at once of a super-batch, the run `run` of its epoch, from its batch `k` on."""
-        images, labels, index, shift, flip = self._super_batch(outputs)
+        images, labels, index, moves = self._super_batch(outputs)
         first_batch = run * self._batches_per_run + k
         at_once = min(self.batches_at_once, self._batches_per_run - k, self.batches_per_epoch - first_batch)
         rows = slice(k * self._batch_size, (k + at_once) * self._batch_size)
@@ -375,8 +371,7 @@ class _DaliLoader:
         batch = augment(
             images,
             index[rows],
-            shift[rows],
-            flip[rows],
+            Moves(*(move[rows] for move in moves)) if moves else None,
             self._preprocess.mean,
             self._preprocess.std,
             self._dtype,
@@ -389,16 +384,13 @@ class _DaliLoader:
             batches=at_once,
         )
 
-    def _super_batch(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """images and labels, and of each row of the super-batch its index in them, shift and flip."""
-        if self._files is not None:
-            images, labels = outputs
-            return images, labels, self._index, *self._no_moves
+    def _super_batch(self, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Images and labels, the index in them of each row of the super-batch, and shift and flip if it is moved."""
         if self._stored is not None:
-            index, shift, flip = outputs
-            return self._stored.images, self._stored.labels, index, shift, flip
-        images, labels, shift, flip = outputs
-        return images, labels, self._index, shift, flip
+            index, *moves = outputs
+            return self._stored.images, self._stored.labels, index, moves
+        images, labels, *moves = outputs
+        return images, labels, self._index, moves
 
     def _outputs(self, wanted: int) -> list[Tensor]:
         """The outputs of iteration `wanted`."""
@@ -441,11 +433,11 @@ class _DaliLoader:
 
 def _orders(
     images: int, *, count: int, size: int, preprocess: Preprocess, seed: int, shuffle: bool, share: Share
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Epoch after epoch, (row numbers, shift, flip) of `size` rows, each with the leading 1 of a DALI batch of one.
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Epoch after epoch, the numbers of `size` rows, shift and flip, each with the leading 1 of a DALI batch of one.
 
-    `count` of all `images` an epoch, then padding to whole super-batches. All is drawn as for one rank, and
-    then shared.
+    Without shift and flip where `preprocess` does not move images. `count` of all `images` an epoch, then padding to
+    whole super-batches. All is drawn as for one rank, and then shared.
     """
     drawn = count * share.ranks
     first = np.zeros(images, np.uint8)
@@ -453,23 +445,23 @@ def _orders(
         first = np.random.default_rng((seed, 0, 1)).integers(0, 1, images, np.uint8, endpoint=True)
     for epoch in itertools.count():
         draw = np.random.default_rng((seed, epoch))
-        rows = draw.permutation(images) if shuffle else np.arange(images)
-        pad = preprocess.crop_padding
-        shift = draw.integers(-pad, pad, (drawn, 2), np.int32, endpoint=True)
-        flip = draw.integers(0, int(bool(preprocess.flip)), drawn, np.uint8, endpoint=True)
-        if preprocess.flip == "by turns":
-            flip = first[rows[:drawn]] ^ (epoch % 2)
-        of_rank = (share.of(rows[:drawn]), share.of(shift), share.of(flip))
-        for part in zip(*(_parts(values, size) for values in of_rank), strict=True):
+        rows = (draw.permutation(images) if shuffle else np.arange(images))[:drawn]
+        order = [rows]
+        if _are_moved(preprocess):
+            pad = preprocess.crop_padding
+            shift = draw.integers(-pad, pad, (drawn, 2), np.int32, endpoint=True)
+            flip = draw.integers(0, int(bool(preprocess.flip)), drawn, np.uint8, endpoint=True)
+            order += [shift, first[rows] ^ (epoch % 2) if preprocess.flip == "by turns" else flip]
+        for part in zip(*(_parts(share.of(values), size) for values in order), strict=True):
             yield tuple(values[None] for values in part)
 
 
 def _gathered(
     orders: Iterator[tuple[np.ndarray, ...]], images: np.ndarray, labels: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """(images, labels, shift, flip) of each order."""
-    for rows, shift, flip in orders:
-        yield images.take(rows, axis=0), labels[rows], shift, flip
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """The images and labels of each order, and its moves."""
+    for rows, *moves in orders:
+        yield images.take(rows, axis=0), labels[rows], *moves
 
 
 def _bring(images: np.ndarray, device: torch.device) -> Tensor:
@@ -522,6 +514,11 @@ def _parts(values: np.ndarray, size: int) -> Iterator[np.ndarray]:
         part = values[start : start + size]
         filled = np.repeat(part[-1:], size - len(part), axis=0)
         yield np.concatenate([part, filled]) if len(filled) else part
+
+
+def _are_moved(preprocess: Preprocess) -> bool:
+    """Whether array images are."""
+    return bool(preprocess.crop_padding or preprocess.flip)
 
 
 def _unmoved(preprocess: Preprocess) -> Preprocess:

@@ -5,19 +5,19 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from netdyno.kernels.augment import augment
+from netdyno.kernels.augment import Moves, augment
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 GROUP = pytest.mark.benchmark(group="augment 32×32×3")
 
 
-def inputs(stored: int, batch: int, device: str) -> tuple[torch.Tensor, ...]:
+def inputs(stored: int, batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor, Moves]:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (stored, 32, 32, 3), dtype=torch.uint8, generator=draw)
     index = torch.randint(0, stored, (batch,), generator=draw)
     shift = torch.randint(-4, 5, (batch, 2), dtype=torch.int32, generator=draw)
     flip = torch.randint(0, 2, (batch,), dtype=torch.uint8, generator=draw)
-    return tuple(tensor.to(device) for tensor in (images, index, shift, flip))
+    return images.to(device), index.to(device), Moves(shift.to(device), flip.to(device))
 
 
 @GROUP
@@ -28,14 +28,15 @@ def test_reference_on_the_cpu(rate: Callable[..., None]) -> None:
 
 @pytest.mark.gpu
 @GROUP
+@pytest.mark.parametrize("moved", [True, False], ids=["moved", "unmoved"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_kernel_on_the_gpu(rate: Callable[..., None], copy_bytes_per_s: float, dtype: torch.dtype) -> None:
+def test_kernel_on_the_gpu(rate: Callable[..., None], copy_bytes_per_s: float, dtype: torch.dtype, moved: bool) -> None:
     batch, launches = 8_192, 20
-    arguments = inputs(16_384, batch, "cuda")
+    images, index, moves = inputs(16_384, batch, "cuda")
 
     def run() -> None:
         for _ in range(launches):
-            augment(*arguments, MEAN, STD, dtype)
+            augment(images, index, moves if moved else None, MEAN, STD, dtype)
 
     limit = copy_bytes_per_s / (3_072 * (1 + dtype.itemsize))
     rate(run, launches * batch, on_gpu=True, limit_images_per_s=limit)
