@@ -59,7 +59,7 @@ def train_epoch(
     """
     images = steps = 0
     total: torch.Tensor | None = None
-    on_the_way: deque[tuple[int, int, torch.Tensor]] = deque()  # steps so far, batches of the loss, the loss
+    on_the_way: deque[tuple[int, int, torch.Tensor]] = deque()  # steps so far, and a loss of so many batches
     # on the host, and taken before the clock starts, as such memory comes slowly
     places = cycle([torch.empty((), pin_memory=torch.cuda.is_available()) for _ in range(ON_THE_WAY)])
     clock.start()
@@ -70,8 +70,8 @@ def train_epoch(
         steps += batch.batches
         if clock.step(batch.batches):
             if len(on_the_way) == ON_THE_WAY:  # the copy was asked for before the block that is done by now
-                done, batches_of, one = on_the_way.popleft()
-                progress(done, _checked(done, one.item() / batches_of))
+                done, count, arrived = on_the_way.popleft()
+                progress(done, _checked(done, arrived.item() / count))
             on_the_way.append((steps, batch.batches, next(places).copy_(loss, non_blocking=True)))
     clock.stop()
     assert total is not None, "an epoch without a batch"

@@ -74,17 +74,19 @@ def augment_kernel(
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
-    MOVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Programs: (image of the batch, block of its elements). SCALE, OFFSET: C floats each, value · SCALE + OFFSET."""
+    """Programs: (image of the batch, block of its elements). SCALE, OFFSET: C floats each, value · SCALE + OFFSET.
+
+    shift, flip: None where nothing is moved.
+    """
     n = tl.program_id(0).to(tl.int64)  # 64 bits: S·H·W·C may exceed 2³¹
     row = tl.load(index + n).to(tl.int64)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = element < H * W * C
     c = element % C
     source = element
-    if MOVED:
+    if shift is not None:
         dy = tl.load(shift + 2 * n).to(tl.int32)
         dx = tl.load(shift + 2 * n + 1).to(tl.int32)
         mirrored = tl.load(flip + n) != 0
@@ -123,15 +125,14 @@ def augment_triton(
         out = torch.empty(len(index), h, w, c, dtype=dtype, device=images.device).permute(0, 3, 1, 2)
     if out.shape != (len(index), c, h, w) or out.dtype != dtype or not out.permute(0, 2, 3, 1).is_contiguous():
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, stride {out.stride()}: no place for the result")
-    index = index.contiguous()
-    shift, flip = index, index  # which nobody reads
+    shift = flip = None
     if moves is not None:
         shift, flip = moves.shift.contiguous(), moves.flip.contiguous().view(torch.uint8)
     grid = (len(index), triton.cdiv(h * w * c, BLOCK))
     with torch.cuda.device_of(images):
         augment_kernel[grid](
             images.contiguous(),
-            index,
+            index.contiguous(),
             shift,
             flip,
             out,
@@ -140,7 +141,6 @@ def augment_triton(
             H=h,
             W=w,
             C=c,
-            MOVED=moves is not None,
             BLOCK=BLOCK,
         )
     return out

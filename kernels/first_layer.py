@@ -31,7 +31,7 @@ from .patches_in_registers import (
 )
 
 WIDEST = 128  # outputs …
-LARGEST = 128  # … and values of a patch
+LARGEST = 96  # … and values of a patch, each piece filled up: smaller cards have shared memory for those
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda values: values,
     "relu": F.relu,
@@ -58,7 +58,8 @@ def takes(weight: Tensor) -> bool:
     if side != other or not 16 <= outputs <= WIDEST or outputs % 8:
         return False
     lines, length = lines_and_length(channels, side)
-    return side**2 * channels <= LARGEST and length <= LONGEST and side // lines <= MOST_PIECES
+    pieces = side // lines
+    return pieces * length <= LARGEST and length <= LONGEST and pieces <= MOST_PIECES
 
 
 def runs_on(images: Tensor) -> bool:

@@ -9,8 +9,7 @@ over the outputs' gradient, with the activation's slope taken in. The references
 Shapes: images [B, C, H, W], outputs [B, O, HO, WO], channels last. A patch, the values under one pixel, is put together
 line by line of its taps: a line's values lie side by side. A piece is one line, where its pixels can be loaded as a
 whole or all lines are too many, or all lines; behind its values come, in the first piece, a one, whose gradient is the
-bias's, and zeros up to LENGTH, a power of two. A program's block is a tile of `COLUMNS` pixels in `ROWS` rows of one
-image.
+bias's, and zeros up to LENGTH, a power of two. A program's block is a tile of `COLUMNS` pixels in rows of one image.
 """
 
 import torch
@@ -26,8 +25,8 @@ MOST_PIECES = 5  # … and pieces of a patch, at most
 LEAK = tl.constexpr(0.2)  # slope of "leaky_relu" below zero
 PROGRAMS = 396  # of the weights' gradient, about: what an H100 holds at once, three on each multiprocessor …
 PROGRAMS_OF_MOST = 264  # … and of the most pieces, whose sums take more registers, two
-KEEPERS = 264  # programs forward, about, where each keeps the weights: two on each multiprocessor
-KEPT = 33  # outputs, from which on that gains anything (H200); of fewer a program is for one tile
+KEEPERS = 264  # programs forward, at most, where each keeps the weights: two on each multiprocessor
+KEPT = 33  # outputs from which on each does: 64 and 128 gain by it (H200); of 32 and fewer a program is for one tile
 STAGES = 3  # … in which tiles are under way, where that gains anything (H200) and shared memory has room for them
 BLOCK = 64  # pixels of a program's block of `patches_gradient_kernel`
 STAGED = range(17, 65)  # outputs, in a 16-bit type
@@ -172,7 +171,7 @@ def conv_kernel(
 ):
     """Programs: parts of the tasks, which are tiles of images, TILES of each; TURNS a program.
 
-    The weights stay on chip, and a tile's patches are on their way while the tile before is computed.
+    In several turns the weights stay on chip, and a tile's patches are on their way while the tile before is computed.
     MIRRORED: the taps. out: [B, HO, WO, O].
     """
     o = tl.arange(0, WIDE)
@@ -365,8 +364,7 @@ def conv_triton(
     if transposed:
         weight = weight.transpose(0, 1)
     out = empty_out(images, len(weight), weight.shape[2], stride, padding)
-    lines, _ = lines_and_length(images.shape[1], weight.shape[2])
-    rows = ROWS_OF_MOST if weight.shape[2] // lines == MOST_PIECES else ROWS
+    rows = rows_forward(images.shape[1], weight.shape[2])
     tasks = _tasks(out, rows)
     turns, parts = _turns_and_parts(tasks, KEEPERS if len(weight) >= KEPT else tasks)
     with torch.cuda.device_of(images):
@@ -456,6 +454,12 @@ def _patches_gradient_constants(weight: Tensor, activation: str) -> dict[str, in
     }
 
 
+def rows_forward(channels: int, side: int) -> int:
+    """Of a tile."""
+    lines, _ = lines_and_length(channels, side)
+    return ROWS_OF_MOST if side // lines == MOST_PIECES else ROWS
+
+
 def stages(out: Tensor) -> int:
     """In which a program of its weights' gradient has tiles under way."""
     return STAGES if out.shape[1] in STAGED and out.itemsize == 2 else 1
@@ -472,7 +476,7 @@ def _tasks(out: Tensor, rows: int) -> int:
 
 
 def _turns_and_parts(tasks: int, programs: int) -> tuple[int, int]:
-    """How many tasks each program does, and into how many parts they are cut: about as many as `programs`."""
+    """How many tasks each program does, and into how many parts they are cut: `programs` at most."""
     turns = triton.cdiv(tasks, programs)
     return turns, triton.cdiv(tasks, turns)
 

@@ -225,8 +225,8 @@ def test_on_a_cpu_it_equals_the_reference(by_images: bool, activation: str) -> N
 
 def test_what_the_kernels_do_not_take() -> None:
     images = torch.ones(1, 3, 8, 8)
-    assert first_layer.takes(torch.ones(128, 4, 5, 5))
-    assert not first_layer.takes(torch.ones(128, 6, 5, 5))  # whose patches are too long
+    assert first_layer.takes(torch.ones(128, 8, 3, 3))
+    assert not first_layer.takes(torch.ones(128, 4, 5, 5))  # whose patches are too long
     for weight in (
         torch.ones(32, 3, 6, 6),
         torch.ones(20, 3, 3, 3),
@@ -242,7 +242,7 @@ def test_what_the_kernels_do_not_take() -> None:
 if __name__ == "__main__":
     first_layer.runs_on = lambda images: True
     patches_in_registers.PROGRAMS = patches_in_registers.PROGRAMS_OF_MOST = 2  # several blocks for a program
-    patches_in_registers.KEEPERS = 2
+    patches_in_registers.KEEPERS, patches_in_registers.KEPT = 2, 1
     for n, one in enumerate(CASES):
         for kind in (torch.float32, torch.float16):
             compare_with_float64(one, kind, ("relu", "elu", "silu", "leaky_relu")[n % 4], "cpu")

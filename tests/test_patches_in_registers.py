@@ -35,6 +35,8 @@ LAYERS = [
     Layer(3, 64, 1, torch.bfloat16, 80),
     Layer(3, 128, 1, torch.bfloat16, 48),
     Layer(3, 128, 1, torch.float32, 99),
+    Layer(8, 128, 1, torch.float32, 99),
+    Layer(3, 128, 2, torch.float32, 99, 5, 2),
     Layer(3, 128, 2, torch.bfloat16, 48, 5, 2),
     Layer(3, 64, 1, torch.bfloat16, 99, 4, 2),
 ]
@@ -46,12 +48,11 @@ def compiled(kernel: Any, layer: Layer, capability: int) -> Any:
     out = patches_in_registers.empty_out(images, layer.outputs, layer.side, layer.stride, layer.padding)
     activation = "leaky_relu" if layer.stride == 2 else "relu" if layer.padding == 1 else "none"
     size = layer.side, layer.stride, layer.padding
-    rows = patches_in_registers.ROWS
-    if kernel is conv_kernel and layer.side == patches_in_registers.MOST_PIECES:
-        rows = patches_in_registers.ROWS_OF_MOST
+    forward = kernel is conv_kernel
+    rows = patches_in_registers.rows_forward(layer.inputs, layer.side) if forward else patches_in_registers.ROWS
     values = patches_in_registers._constants(images, out, *size, activation, rows)
-    values["TURNS"] = 8 if kernel is gradient_kernel or layer.outputs >= patches_in_registers.KEPT else 1
-    if kernel is conv_kernel:
+    values["TURNS"] = 1 if forward and layer.outputs < patches_in_registers.KEPT else 8
+    if forward:
         values |= {"MIRRORED": layer.padding == 2 and layer.stride == 1, "BIASED": True}
     pointers = dict.fromkeys(("images", "gradient", "out"), TYPES[layer.dtype])
     pointers |= dict.fromkeys(("weight", "bias", "partial"), "fp32")
