@@ -9,7 +9,8 @@ over the outputs' gradient, with the activation's slope taken in. The references
 Shapes: images [B, C, H, W], outputs [B, O, HO, WO], channels last. A patch, the values under one pixel, is put together
 line by line of its taps: a line's values lie side by side. A piece is one line, where its pixels can be loaded as a
 whole or all lines are too many, or all lines; behind its values come, in the first piece, a one, whose gradient is the
-bias's, and zeros up to LENGTH, a power of two. A program's block is a tile of `COLUMNS` pixels in rows of one image.
+bias's, and zeros up to LENGTH, a power of two. A program's block is a tile of `COLUMNS` pixels in `ROWS` rows, or
+`ROWS_OF_MOST`, of one image.
 """
 
 import torch
@@ -273,14 +274,11 @@ def gradient_kernel(
     order, so that the result is the same each time.
     """
     PIECES: tl.constexpr = SIDE // LINES
-    tl.static_assert(PIECES <= 5, "as many sums as there are below: MOST_PIECES")
     part = tl.program_id(0)
     o = tl.arange(0, WIDE)
-    t0 = tl.zeros([LENGTH, WIDE], tl.float32)
-    t1 = t0
-    t2 = t0
-    t3 = t0
-    t4 = t0
+    totals: tl.tuple = ()  # of each piece
+    for _ in tl.static_range(PIECES):
+        totals += (tl.zeros([LENGTH, WIDE], tl.float32),)
     for turn in range(TURNS):
         n, y, x, there = _task(turn, tasks, OUT_HEIGHT, OUT_WIDTH, COLUMNS, ROWS, TILES)
         at = n * (OUT_HEIGHT * OUT_WIDTH * OUTPUTS)
@@ -288,26 +286,16 @@ def gradient_kernel(
         stored = there[:, None] & (o < OUTPUTS)[None, :]
         slope = _before_activation(gradient + at + place, out + at + place, stored, ACTIVATION)
         image = images + n * (HEIGHT * WIDTH * CHANNELS)
+        larger: tl.tuple = ()
         for piece in tl.static_range(PIECES):
             first = piece * LINES
             values = _patches(image, y, x, there, HEIGHT, WIDTH, CHANNELS, SIDE, STRIDE, PADDING, first, LINES, LENGTH)
-            total = t0 if piece == 0 else t1 if piece == 1 else t2 if piece == 2 else t3 if piece == 3 else t4
-            total = tl.dot(tl.trans(values), slope.to(values.dtype), total)
-            if piece == 0:
-                t0 = total
-            elif piece == 1:
-                t1 = total
-            elif piece == 2:
-                t2 = total
-            elif piece == 3:
-                t3 = total
-            else:
-                t4 = total
+            larger += (tl.dot(tl.trans(values), slope.to(values.dtype), totals[piece]),)
+        totals = larger
     k = tl.arange(0, LENGTH)[:, None]
     for piece in tl.static_range(PIECES):
-        total = t0 if piece == 0 else t1 if piece == 1 else t2 if piece == 2 else t3 if piece == 3 else t4
         at = partial + ((part * PIECES + piece) * LENGTH).to(tl.int64) * OUTPUTS + o[None, :]
-        tl.store(at + k * OUTPUTS, total, mask=(o < OUTPUTS)[None, :])
+        tl.store(at + k * OUTPUTS, totals[piece], mask=(o < OUTPUTS)[None, :])
 
 
 @triton.jit
@@ -455,7 +443,7 @@ def _patches_gradient_constants(weight: Tensor, activation: str) -> dict[str, in
 
 
 def rows_forward(channels: int, side: int) -> int:
-    """Of a tile."""
+    """Of a tile, where `conv_triton` goes through them."""
     lines, _ = lines_and_length(channels, side)
     return ROWS_OF_MOST if side // lines == MOST_PIECES else ROWS
 
