@@ -392,14 +392,14 @@ def test_the_images_of_a_part_are_spread_evenly(data: Path) -> None:
     part = replace(workload, recipe=replace(workload.recipe, train_images=4, eval_images=None))
     tuning = TUNINGS["eager"](None)
     whole = child.prepared.load("mnist", "train", data)
-    picked = child.image_set(part, "train", tuning, data, CPU)
+    picked = child.image_set(part, "train", tuning, data)
     assert picked.images is not None
     assert whole.images is not None
     assert picked.labels is not None
     assert whole.labels is not None
     np.testing.assert_array_equal(picked.images, whole.images[[0, 99, 199, 299]])
     np.testing.assert_array_equal(picked.labels, whole.labels[[0, 99, 199, 299]])
-    assert len(child.image_set(part, "test", tuning, data, CPU)) == 100
+    assert len(child.image_set(part, "test", tuning, data)) == 100
 
 
 def test_without_imagenet_weights_there_is_no_target(monkeypatch: pytest.MonkeyPatch) -> None:

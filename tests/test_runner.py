@@ -576,6 +576,30 @@ def test_children_on_a_gpu_have_more_queues_to_it(monkeypatch: pytest.MonkeyPatc
     assert runner.child_environment()["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"  # the user's own counts
 
 
+def test_a_warm_start_takes_graphs_with_an_autograd_function_from_the_cache(tmp_path: Path) -> None:
+    environment = runner.child_environment(on_cpu=True) | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    code = """
+import torch
+from torch._dynamo.utils import counters
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+x = torch.ones(3, requires_grad=True)
+torch.compile(lambda x: Double.apply(x).sum(), fullgraph=True)(x).backward()
+assert x.grad.tolist() == [2, 2, 2]
+print(counters["aot_autograd"]["autograd_cache_hit"])
+"""
+    script = tmp_path / "double.py"  # whose source the compiler can read
+    script.write_text(code)
+    start = [sys.executable, str(script)]
+    hits = [subprocess.run(start, env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert hits == ["0\n", "1\n"]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_what_is_freed_on_a_cpu_stays_with_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
