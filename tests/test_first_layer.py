@@ -200,7 +200,6 @@ def test_the_transpose_on_a_cpu(case: tuple[int, ...]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # its products are to be those of fp32
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [*STRIDED, LARGE[-2]], ids=str)
