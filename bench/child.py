@@ -215,7 +215,7 @@ def image_set(workload: Workload, split: str, tuning: Tuning, root: Path) -> Ima
     if wanted is not None:
         images = part(images, wanted)
     if tuning.loader == "dali" and images.files is not None and workload.objective == "adversarial":
-        # by the host, whose decoder is ready at once: nvJPEG's start took 4 s on an H200, 6,500 faces 1 s on two cores
+        # by the host: nvJPEG's start takes 4 s more on an H200, and 6,500 faces 1 s on two cores
         images = replace(images, images=dali.decode(images.files, torch.device("cpu")), files=None)
     return images
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -400,6 +401,21 @@ def test_the_images_of_a_part_are_spread_evenly(data: Path) -> None:
     np.testing.assert_array_equal(picked.images, whole.images[[0, 99, 199, 299]])
     np.testing.assert_array_equal(picked.labels, whole.labels[[0, 99, 199, 299]])
     assert len(child.image_set(part, "test", tuning, data)) == 100
+
+
+def test_faces_are_decoded_once_and_by_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synthetic.make("anime_faces", tmp_path, sizes=(6, 4))
+    monkeypatch.setattr(child.prepared, "HELD_OUT", 4)
+    decode = Mock(wraps=dali.decode)
+    monkeypatch.setattr(dali, "decode", decode)
+    found = child.image_set(dcgan(), "train", TUNINGS["dali"](None), tmp_path)
+    encoded = child.image_set(dcgan(), "train", TUNINGS["eager"](None), tmp_path)
+    decode.assert_called_once_with(encoded.files, CPU)
+    assert found.files is None
+    assert found.images is not None
+    assert encoded.files is not None
+    expected = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in encoded.files])
+    assert np.abs(found.images.astype(int) - expected).mean() < 1
 
 
 def test_without_imagenet_weights_there_is_no_target(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -576,7 +576,11 @@ def test_children_on_a_gpu_have_more_queues_to_it(monkeypatch: pytest.MonkeyPatc
     assert runner.child_environment()["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"  # the user's own counts
 
 
-def test_a_warm_start_takes_graphs_with_an_autograd_function_from_the_cache(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_warm_start_takes_graphs_with_an_autograd_function_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", raising=False)
     environment = runner.child_environment(on_cpu=True) | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     code = """
 import torch
