@@ -12,6 +12,7 @@ in two ways, each only where it holds:
   may tell of the pause before, and ten must remain: of epochs shorter than 0.1 s between evaluations nothing does.
 """
 
+import hashlib
 import os
 import threading
 import time
@@ -50,6 +51,8 @@ class Gpu:
         self._nvml, self._handle = nvml, handle
         self.name: str = nvml.nvmlDeviceGetName(handle)
         self.driver: str = nvml.nvmlSystemGetDriverVersion()
+        # Which card it is, for records to compare: the UUID itself is nobody's business.
+        self.fingerprint = hashlib.sha256(nvml.nvmlDeviceGetUUID(handle).encode()).hexdigest()[:12]
 
     @staticmethod
     @contextmanager

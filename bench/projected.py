@@ -56,7 +56,8 @@ def speeds(card: Card, workloads: Iterable["Workload"]) -> str:
     return "\n".join(
         [
             f"{card.name}, {MARK}: {half.rate:g} of {half.peak:g} TFLOP/s and {copies.rate:,g} of {copies.peak:,g} GB/s"
-            f" sustained, {card.memory_mib:,} MiB. Training alone, on data that are on the device.",
+            f" sustained, {card.memory_mib:,} MiB. Training alone, by the tuning `captured`, on data that are on the"
+            " device. At most: what those rates alone would allow.",
             "",
             aligned(headers, [False, False, True, True, True, False, True, True, True], lines),
             "",

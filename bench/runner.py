@@ -254,6 +254,8 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen, post
         if record["status"] in ("failed", "timeout", "killed") and said.strip() and not order.compile_only:
             (order.pictures / STDERR).write_text(said[-STDERR_KEPT:], encoding="utf-8")
         add_memory(record, samplers)
+        if fingerprints := [gpu.fingerprint for gpu in gpus if gpu is not None]:
+            record["gpu"] = (record["gpu"] or {}) | {"fingerprints": fingerprints}
 
 
 def judge(code: int, said: str, strange: str | None, *, measured: bool) -> Record:

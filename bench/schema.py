@@ -383,6 +383,7 @@ RECORD = _object(
                 {
                     **GPU,
                     "cards": _or_null(_each(_object(GPU), MOST_RANKS)),
+                    "fingerprints": _or_null(_each(_text, MOST_RANKS)),
                     "card": _or_null(_count),
                     "beside": _or_null(_each(_text, MOST_BESIDE)),
                 }

@@ -67,6 +67,7 @@ class Row:
     differs_from_eager: tuple[str, ...] = ()  # what else than the tuning sets this row's recipe apart from eager's
     share_of_compute: float | None = None  # end to end, of the same case's speed without a loader: the rest is waiting
     scaling_efficiency: float | None = None  # of several GPUs: of the same case's speed on one, times their number
+    of_other_cards: tuple[str, ...] = ()  # of "eager", "compute-only" and "one GPU": what it is so compared with
     eval_images_per_s: float | None
     peak_allocated_mib: float | None
     peak_reserved_mib: float | None
@@ -90,6 +91,7 @@ class Row:
     compile_warm_s: float | None
     recompiles: float | None  # the most of any record
     doubts: tuple[str, ...]  # what makes the speed of its records doubtful, in words
+    cards: tuple[str, ...]  # fingerprints of the GPUs that its records are of, as far as they tell
     code: str | None
     ids: tuple[str, ...]
     paths: tuple[str, ...]  # relative to the results folder
@@ -179,6 +181,8 @@ def _row(group: Sequence[Record]) -> Row:
     times = [_number(record, "accuracy", "train_s_to_target") for record in measured]
     to_target = statistics.median(math.inf if time is None else time for time in times) if times else math.inf
     recipe = _mapping(newest, "case", "recipe")
+    cards = _unique(card for record in measured for card in _texts(record, "gpu", "fingerprints"))
+    gpus = _number(newest, "case", "gpus") or 1
     return Row(
         machine=_text(newest, "machine", "slug"),
         gpu=_text(newest, "machine", "gpu"),
@@ -233,7 +237,8 @@ def _row(group: Sequence[Record]) -> Row:
         compile_cold_s=middle("compile", "cold_s"),
         compile_warm_s=middle("compile", "warm_s"),
         recompiles=max(numbers("compile", "recompiles"), default=None),
-        doubts=_doubts_of(measured),
+        doubts=(*_doubts_of(measured), *([f"runs on {len(cards)} cards"] if len(cards) > gpus else [])),
+        cards=cards,
         code=_text(newest, "code"),
         ids=tuple(str(_text(record, "id")) for record in group),
         paths=tuple(_path(record) for record in group),
@@ -349,6 +354,7 @@ def _beside_eager(row: Row, eager: Sequence[Row]) -> Row:
         speedup_over_eager=speedup,
         eager_ids=best.ids,
         differs_from_eager=_differences(row.recipe, best.recipe),
+        of_other_cards=_with_others(row, best, "eager"),
     )
 
 
@@ -356,14 +362,22 @@ def _beside_compute(row: Row, compute: Row | None) -> Row:
     """`row`, if it is end to end, with its share of the same case's speed on data that stay on the device."""
     if row.mode != "e2e" or not row.ok or compute is None or not row.images_per_s or not compute.images_per_s:
         return row
-    return replace(row, share_of_compute=row.images_per_s / compute.images_per_s)
+    share = row.images_per_s / compute.images_per_s
+    return replace(row, share_of_compute=share, of_other_cards=_with_others(row, compute, "compute-only"))
 
 
 def _beside_one(row: Row, one: Row | None) -> Row:
     """`row`, if it is of several GPUs, with its share of so many times the same case's speed on one."""
     if not row.ok or one is None or row.gpus is None or row.gpus <= 1 or not row.images_per_s or not one.images_per_s:
         return row
-    return replace(row, scaling_efficiency=row.images_per_s / (row.gpus * one.images_per_s))
+    efficiency = row.images_per_s / (row.gpus * one.images_per_s)
+    return replace(row, scaling_efficiency=efficiency, of_other_cards=_with_others(row, one, "one GPU"))
+
+
+def _with_others(row: Row, other: Row, what: str) -> tuple[str, ...]:
+    """The row's `of_other_cards`, with `what` where no card is in both."""
+    apart = row.cards and other.cards and not set(row.cards) & set(other.cards)
+    return (*row.of_other_cards, what) if apart else row.of_other_cards
 
 
 def _on_one(row: Row) -> tuple:
@@ -474,6 +488,11 @@ def at(record: Any, *path: str) -> Any:
 def _text(record: Record, *path: str) -> str | None:
     value = at(record, *path)
     return clean(value) if isinstance(value, str) else None
+
+
+def _texts(record: Record, *path: str) -> list[str]:
+    values = at(record, *path)
+    return [clean(value) for value in values if isinstance(value, str)] if isinstance(values, list) else []
 
 
 def _number(record: Record, *path: str) -> float | None:

@@ -135,9 +135,17 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
     }
     energy = {"energy": Column(header="energy, J/1,000 images", right=True, cell=lambda row: _energy(row, notes))}
     share = {"share": Column(header="share of ceilings", right=True, cell=lambda row: _percent(row.share_of_card))}
-    waits = {"waits": Column(header="of compute-only", right=True, cell=lambda row: _percent(row.share_of_compute))}
+    waits = {
+        "waits": Column(
+            header="of compute-only",
+            right=True,
+            cell=lambda row: _share(row.share_of_compute, row, "compute-only", notes),
+        )
+    }
     scaling = {
-        "scaling": Column(header="of one GPU × n", right=True, cell=lambda row: _percent(row.scaling_efficiency))
+        "scaling": Column(
+            header="of one GPU × n", right=True, cell=lambda row: _share(row.scaling_efficiency, row, "one GPU", notes)
+        )
     }
     host = {
         "host": Column(header="peak memory, host RSS, MiB", right=True, cell=lambda row: figure(row.host_rss_peak_mib))
@@ -199,9 +207,16 @@ def _speedup(row: Row, notes: Notes) -> str:
     if row.speedup_over_eager is None:
         return MISSING
     differs = ", ".join(row.differs_from_eager)
-    return notes.mark(
-        f"{figure(row.speedup_over_eager)} ×", f"recipe differs from eager's: {differs}" if differs else ""
-    )
+    said = [f"recipe differs from eager's: {differs}"] if differs else []
+    return notes.mark(f"{figure(row.speedup_over_eager)} ×", "; ".join([*said, *_other_card(row, "eager")]))
+
+
+def _other_card(row: Row, what: str) -> list[str]:
+    return [f"{what} on another card"] if what in row.of_other_cards else []
+
+
+def _share(share: float | None, row: Row, what: str, notes: Notes) -> str:
+    return notes.mark(_percent(share), "; ".join(_other_card(row, what)))
 
 
 def _percent(share: float | None) -> str:

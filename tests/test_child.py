@@ -116,7 +116,7 @@ def test_a_whole_record_has_every_key_of_its_description(data: Path, tmp_path: P
     assert keys["gpu"] == {
         *seen(1.0),
         "failed_readings",
-        *("cards", "card", "beside"),
+        *("cards", "card", "beside", "fingerprints"),
     }  # which tests/test_gpu.py compares with what the sampler says
 
     timing, throughput = record["timing"], record["throughput"]

@@ -168,10 +168,14 @@ def test_every_visible_gpu(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [*Gpu.cards().items()] == [*found.items()]
     assert nvml.opened == 0
+    fingerprints = set()
     for card, name in found.items():
         with Gpu.open(card) as opened:  # whatever else is visible
             assert opened is not None
             assert opened.name == name
+            fingerprints.add(opened.fingerprint)
+            assert opened.fingerprint not in card
+    assert len(fingerprints) == len(found)
 
 
 def test_without_a_driver_there_are_no_cards(nvml: FakeNvml) -> None:

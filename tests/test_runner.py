@@ -308,6 +308,7 @@ class FakeGpu:
     def __init__(self, used_mib: float | None) -> None:
         self.used_mib = used_mib
         self.card: str | None = "none was opened"
+        self.fingerprint = "0123456789ab"
 
     def process_memory_mib(self, pid: int) -> float | None:
         assert os.getpgid(pid) == pid  # the child leads its own session
@@ -374,7 +375,7 @@ def test_a_failed_run_keeps_what_nvml_saw(go: Any, used: FakeGpu) -> None:
 def test_the_card_is_read_during_training_alone(go: Any, used: FakeGpu) -> None:
     used.used_mib = 1.0
     record = go("emit(stage='compile'); time.sleep(0.2); measure(); emit(timed=False); time.sleep(0.2)")
-    assert record["gpu"] is None or record["gpu"]["readings"] < 10
+    assert record["gpu"].get("readings", 0) < 10
     assert record["memory"]["nvml_process_peak_mib"] == 1.0
 
 
@@ -457,6 +458,7 @@ def test_a_case_runs_on_its_own_card_and_its_record_says_beside_what(go: Any, us
     record = go(script, listen=listen, post=here)
     assert record["data"]["name"] == used.card == "GPU-b"
     assert (record["gpu"]["card"], record["gpu"]["beside"]) == (1, others)
+    assert record["gpu"]["fingerprints"] == [used.fingerprint]
     assert [*problems(record)] == []
     assert "beside" not in (go("measure()")["gpu"] or {})
     assert used.card is None

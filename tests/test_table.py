@@ -226,6 +226,15 @@ def test_what_weakens_a_number_stands_beside_it() -> None:
     assert "not steady after warm-up; beside 1 other process on the card (1 of 2 runs)" in text
 
 
+def test_what_ran_on_another_card_stands_beside_the_comparison() -> None:
+    a, b = ({"gpu": {"fingerprints": [card]}} for card in "ab")
+    text = table.to_markdown([make(1, **a), make(2, tuning="eager", **b), make(3, mode="compute", **a), make(4, **a)])
+    assert text.count("- ¹ eager on another card") == 1
+    assert "1.00 × ¹ |" in text
+    assert "100.0 % |" in text
+    assert "- ¹ compute-only on another card" in table.to_markdown([make(1, **a), make(3, mode="compute", **b)])
+
+
 def test_the_source_of_an_energy_that_no_counter_gave_stands_beside_it() -> None:
     for source, mark in (("counter", ""), ("sampled", "¹")):
         text = table.to_markdown([make(1, images_per_s=1000.0, gpu=seen(1900.0, source))])

@@ -91,6 +91,7 @@ COLUMNS = (
     _column("sm_clock_mhz_min", "gpu.sm_clock_mhz_min", "number", "lowest of them while it was busy"),
     _column("sm_clock_mhz_max", "gpu.sm_clock_mhz_max", "number", "highest of them while it was busy"),
     _column("throttle_share", "gpu.throttle_share", "json", "share of readings in which each reason slowed it"),
+    _column("fingerprints", "gpu.fingerprints", "json", "which GPUs: equal where two records are of the same ones"),
     _column("other_processes", "gpu.other_processes", "number", "on the GPU beside the run, the most at once"),
     _column("power_w_mean", "gpu.power_w_mean", "number", "mean power of the GPU while training"),
     _column("energy_j", "gpu.energy_j", "number", "energy of the GPU while training"),
