@@ -51,8 +51,10 @@ class Gpu:
         self._nvml, self._handle = nvml, handle
         self.name: str = nvml.nvmlDeviceGetName(handle)
         self.driver: str = nvml.nvmlSystemGetDriverVersion()
-        # Which card it is, for records to compare: the UUID itself is nobody's business.
-        self.fingerprint = hashlib.sha256(nvml.nvmlDeviceGetUUID(handle).encode()).hexdigest()[:12]
+        # Which card it is, for records to compare: the UUID itself is nobody's business. None where it does not tell.
+        self.fingerprint: str | None = None
+        with suppress(nvml.NVMLError):
+            self.fingerprint = hashlib.sha256(nvml.nvmlDeviceGetUUID(handle).encode()).hexdigest()[:12]
 
     @staticmethod
     @contextmanager

@@ -24,7 +24,7 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
                 other_processes (the most at once), readings, failed_readings (all in the timed region, without what
                 the card does not tell; when energy can be told stands in bench/gpu.py), cards (of several, each
                 one's own; the rest is then of all together), card (its number, where cases ran on several at once),
-                beside (each case that ran meanwhile, and on which card), fingerprints (of the cards: which they were)
+                beside (each case that ran meanwhile, and on which card), fingerprints (hashes of the cards' UUIDs)
     communication  restarts, rank_train_s (of each rank), step_s, apart_step_s, exposed_s, add_up_s, add_up_mib
                 (what they are stands in bench/child.py; None on one GPU)
     roofline    flop_per_s, bytes_per_s, ceiling_flop_per_s, ceiling_bytes_per_s, share (of the images/s that the

@@ -42,7 +42,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .stats import Floats, median, seconds_to_target
-from .summary import at, energy_j_per_1000_images
+from .summary import at, energy_j_per_1000_images, texts
 
 Record = Mapping[str, Any]
 Call = Literal["REGRESSION", "IMPROVEMENT", "SAME", "AMBIGUOUS", "MISSING"]
@@ -435,8 +435,18 @@ def compare(
         for key, side in olds.items()
         if key in news and side.conditions != news[key].conditions and comparable(side, news[key])
     ]
+    notes += [
+        f"{_where(side)}: on another card than before"
+        for key, side in olds.items()
+        if key in news and _cards(side) and _cards(news[key]) and not _cards(side) & _cards(news[key])
+    ]
     notes += [f"{_where(news[key])}: has nothing to be compared with" for key in news if key not in olds]
     return Comparison(verdicts=tuple(verdicts), notes=tuple(notes))
+
+
+def _cards(side: Side) -> set[str]:
+    """Fingerprints of the cards that the runs were on, as far as they tell."""
+    return {card for run in side.runs for card in texts(run, "gpu", "fingerprints")}
 
 
 def _test(quantity: Quantity, old: Side, new: Side, noise: Side) -> Test:

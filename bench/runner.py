@@ -254,7 +254,7 @@ def watch(order: Order, record: Record, cache: Path | None, listen: Listen, post
         if record["status"] in ("failed", "timeout", "killed") and said.strip() and not order.compile_only:
             (order.pictures / STDERR).write_text(said[-STDERR_KEPT:], encoding="utf-8")
         add_memory(record, samplers)
-        if fingerprints := [gpu.fingerprint for gpu in gpus if gpu is not None]:
+        if fingerprints := [gpu.fingerprint for gpu in gpus if gpu is not None and gpu.fingerprint]:
             record["gpu"] = (record["gpu"] or {}) | {"fingerprints": fingerprints}
 
 

@@ -119,7 +119,8 @@ def measured_table(records: Iterable[Mapping[str, Any]]) -> str:
             continue
         times, speed = row.gpus * row.scaling_efficiency, row.images_per_s or 0.0
         counts = [f"{row.gpus:.0f}", f"{row.batch_size:,.0f}"]
-        lines.append([str(row.workload), str(row.mode), *counts, figure(speed / times), figure(speed), f"{times:.2f}"])
+        said = ", ".join([f"{times:.2f}", *row.on_another_card("one GPU")])
+        lines.append([str(row.workload), str(row.mode), *counts, figure(speed / times), figure(speed), said])
     if not lines:
         return "There is no record of several GPUs beside one of one yet."
     return aligned(headers, [False, False, True, True, True, True, True], lines)

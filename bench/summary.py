@@ -67,7 +67,7 @@ class Row:
     differs_from_eager: tuple[str, ...] = ()  # what else than the tuning sets this row's recipe apart from eager's
     share_of_compute: float | None = None  # end to end, of the same case's speed without a loader: the rest is waiting
     scaling_efficiency: float | None = None  # of several GPUs: of the same case's speed on one, times their number
-    of_other_cards: tuple[str, ...] = ()  # of "eager", "compute-only" and "one GPU": what it is so compared with
+    across_cards: tuple[str, ...] = ()  # which of "eager", "compute-only" and "one GPU" ran on none of its cards
     eval_images_per_s: float | None
     peak_allocated_mib: float | None
     peak_reserved_mib: float | None
@@ -91,7 +91,7 @@ class Row:
     compile_warm_s: float | None
     recompiles: float | None  # the most of any record
     doubts: tuple[str, ...]  # what makes the speed of its records doubtful, in words
-    cards: tuple[str, ...]  # fingerprints of the GPUs that its records are of, as far as they tell
+    fingerprints: tuple[str, ...]  # of the cards that its records are of, as far as they tell
     code: str | None
     ids: tuple[str, ...]
     paths: tuple[str, ...]  # relative to the results folder
@@ -100,6 +100,10 @@ class Row:
     @property
     def ok(self) -> bool:
         return self.status == "ok"
+
+    def on_another_card(self, what: str) -> list[str]:
+        """What to say beside a comparison with `what`, one of `across_cards`; nothing where it is none of them."""
+        return [f"{what} on another card"] if what in self.across_cards else []
 
 
 def summarise(records: Iterable[Record]) -> list[Row]:
@@ -181,8 +185,9 @@ def _row(group: Sequence[Record]) -> Row:
     times = [_number(record, "accuracy", "train_s_to_target") for record in measured]
     to_target = statistics.median(math.inf if time is None else time for time in times) if times else math.inf
     recipe = _mapping(newest, "case", "recipe")
-    cards = _unique(card for record in measured for card in _texts(record, "gpu", "fingerprints"))
-    gpus = _number(newest, "case", "gpus") or 1
+    cards = _unique(card for record in measured for card in texts(record, "gpu", "fingerprints"))
+    spread = len(cards) > (_number(newest, "case", "gpus") or 1)
+    several = [f"its runs were on {len(cards)} different cards"] if spread else []
     return Row(
         machine=_text(newest, "machine", "slug"),
         gpu=_text(newest, "machine", "gpu"),
@@ -237,8 +242,8 @@ def _row(group: Sequence[Record]) -> Row:
         compile_cold_s=middle("compile", "cold_s"),
         compile_warm_s=middle("compile", "warm_s"),
         recompiles=max(numbers("compile", "recompiles"), default=None),
-        doubts=(*_doubts_of(measured), *([f"runs on {len(cards)} cards"] if len(cards) > gpus else [])),
-        cards=cards,
+        doubts=(*_doubts_of(measured), *several),
+        fingerprints=cards,
         code=_text(newest, "code"),
         ids=tuple(str(_text(record, "id")) for record in group),
         paths=tuple(_path(record) for record in group),
@@ -354,7 +359,7 @@ def _beside_eager(row: Row, eager: Sequence[Row]) -> Row:
         speedup_over_eager=speedup,
         eager_ids=best.ids,
         differs_from_eager=_differences(row.recipe, best.recipe),
-        of_other_cards=_with_others(row, best, "eager"),
+        across_cards=_across(row, best, "eager"),
     )
 
 
@@ -363,7 +368,7 @@ def _beside_compute(row: Row, compute: Row | None) -> Row:
     if row.mode != "e2e" or not row.ok or compute is None or not row.images_per_s or not compute.images_per_s:
         return row
     share = row.images_per_s / compute.images_per_s
-    return replace(row, share_of_compute=share, of_other_cards=_with_others(row, compute, "compute-only"))
+    return replace(row, share_of_compute=share, across_cards=_across(row, compute, "compute-only"))
 
 
 def _beside_one(row: Row, one: Row | None) -> Row:
@@ -371,13 +376,13 @@ def _beside_one(row: Row, one: Row | None) -> Row:
     if not row.ok or one is None or row.gpus is None or row.gpus <= 1 or not row.images_per_s or not one.images_per_s:
         return row
     efficiency = row.images_per_s / (row.gpus * one.images_per_s)
-    return replace(row, scaling_efficiency=efficiency, of_other_cards=_with_others(row, one, "one GPU"))
+    return replace(row, scaling_efficiency=efficiency, across_cards=_across(row, one, "one GPU"))
 
 
-def _with_others(row: Row, other: Row, what: str) -> tuple[str, ...]:
-    """The row's `of_other_cards`, with `what` where no card is in both."""
-    apart = row.cards and other.cards and not set(row.cards) & set(other.cards)
-    return (*row.of_other_cards, what) if apart else row.of_other_cards
+def _across(row: Row, other: Row, what: str) -> tuple[str, ...]:
+    """The row's `across_cards`, with `what` where both tell their cards and share none."""
+    apart = row.fingerprints and other.fingerprints and not set(row.fingerprints) & set(other.fingerprints)
+    return (*row.across_cards, what) if apart else row.across_cards
 
 
 def _on_one(row: Row) -> tuple:
@@ -490,7 +495,7 @@ def _text(record: Record, *path: str) -> str | None:
     return clean(value) if isinstance(value, str) else None
 
 
-def _texts(record: Record, *path: str) -> list[str]:
+def texts(record: Record, *path: str) -> list[str]:
     values = at(record, *path)
     return [clean(value) for value in values if isinstance(value, str)] if isinstance(values, list) else []
 

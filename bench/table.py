@@ -208,15 +208,11 @@ def _speedup(row: Row, notes: Notes) -> str:
         return MISSING
     differs = ", ".join(row.differs_from_eager)
     said = [f"recipe differs from eager's: {differs}"] if differs else []
-    return notes.mark(f"{figure(row.speedup_over_eager)} ×", "; ".join([*said, *_other_card(row, "eager")]))
-
-
-def _other_card(row: Row, what: str) -> list[str]:
-    return [f"{what} on another card"] if what in row.of_other_cards else []
+    return notes.mark(f"{figure(row.speedup_over_eager)} ×", "; ".join([*said, *row.on_another_card("eager")]))
 
 
 def _share(share: float | None, row: Row, what: str, notes: Notes) -> str:
-    return notes.mark(_percent(share), "; ".join(_other_card(row, what)))
+    return notes.mark(_percent(share), "; ".join(row.on_another_card(what)))
 
 
 def _percent(share: float | None) -> str:

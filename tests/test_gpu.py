@@ -24,6 +24,7 @@ from netdyno.bench.gpu import (
 )
 
 UUIDS = ["GPU-aaaa1111-0000", "GPU-bbbb2222-0000"]
+FIRST, SECOND = "a05a365ba1d3", "3fac51b9addb"  # how their SHA-256 begin
 SLICE = "MIG-cccc3333-0000"
 
 
@@ -168,14 +169,22 @@ def test_every_visible_gpu(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [*Gpu.cards().items()] == [*found.items()]
     assert nvml.opened == 0
-    fingerprints = set()
     for card, name in found.items():
         with Gpu.open(card) as opened:  # whatever else is visible
             assert opened is not None
             assert opened.name == name
-            fingerprints.add(opened.fingerprint)
-            assert opened.fingerprint not in card
-    assert len(fingerprints) == len(found)
+
+
+def test_a_card_is_known_by_its_fingerprint(nvml: FakeNvml) -> None:
+    """The same in every process; and a card that does not tell its UUID is one all the same."""
+    with Gpu.open("0") as first, Gpu.open("1") as second:
+        assert first is not None
+        assert second is not None
+        assert (first.fingerprint, second.fingerprint) == (FIRST, SECOND)
+    nvml.nvmlDeviceGetUUID = lambda handle: not_supported()  # type: ignore[method-assign]
+    with Gpu.open() as silent:
+        assert silent is not None
+        assert silent.fingerprint is None
 
 
 def test_without_a_driver_there_are_no_cards(nvml: FakeNvml) -> None:

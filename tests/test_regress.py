@@ -406,6 +406,13 @@ def test_runs_of_one_code_under_other_conditions_are_refused(side: str) -> None:
     assert "the runs of one code have more than one timing version and more than one recipe's batch_size" in row.reason
 
 
+def test_runs_on_another_card_are_noted() -> None:
+    a, b = ({"gpu": {"fingerprints": [card]}} for card in "ab")
+    noted = ("mnist-cnn tuned e2e full on nvidia-h200: on another card than before",)
+    for old, new, notes in (a, b, noted), (a, a, ()), (a, {}, ()), ({}, b, ()):
+        assert compare(runs(steady(20), **old), runs(steady(20, seed=1), 20, **new)).notes == notes
+
+
 def test_a_missing_case_is_missing_and_a_new_one_is_noted() -> None:
     comparison = compare(runs(steady(20)), runs(steady(20, seed=1), 20, workload="dcgan"))
     assert [(row.case, row.verdict) for row in comparison.verdicts] == [("mnist-cnn tuned e2e full", "MISSING")]

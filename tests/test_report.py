@@ -105,6 +105,11 @@ def test_overview_of_one_machine_is_tuned_over_eager() -> None:
     ratio = speeds(made, GPU, "dcgan", "tuned")[0] / speeds(made, GPU, "dcgan", "eager")[0]
     assert points(chart)["dcgan, official data · NVIDIA H200 · tuned"] == ratio
 
+    for record in made:
+        record["gpu"] = (record["gpu"] or {}) | {"fingerprints": [record["case"]["tuning"]]}
+    chart = charts(view(page_of(made), "overview"))["Training speed over eager"]
+    assert all("eager on another card" in remark for one in chart.series for remark in one.said)
+
 
 def test_the_gpu_of_most_cases_is_the_base() -> None:
     few, machine = one(machine=T4 | {"slug": "few"}), T4 | {"slug": "many"}

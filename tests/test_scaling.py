@@ -77,6 +77,9 @@ def test_several_gpus_stand_beside_one() -> None:
     (line,) = scaling.measured_table([*one, two]).splitlines()[2:]
     assert [cell.strip() for cell in line.split("|")[3:-1]] == ["2", "256", "1,000", "1,900", "1.90"]
     assert "no record of several GPUs beside one" in scaling.measured_table(one)
+    one = [record | {"gpu": {"fingerprints": ["a"]}} for record in one]
+    two |= {"gpu": {"fingerprints": ["b", "c"]}}
+    assert "1.90, one GPU on another card |" in scaling.measured_table([*one, two])
 
 
 def test_the_page_is_what_the_records_say() -> None:

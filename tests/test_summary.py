@@ -170,16 +170,19 @@ def test_a_row_says_what_it_is_compared_with_that_ran_on_another_card() -> None:
     two = {"gpus": 2, "scaling": "weak", "recipe": {"batch_size": 256, "epochs": 2, "lr": 0.01}}
     rest = [make(2, mode="compute", **on("b")), make(3, **EAGER, **on("a"))]
     tuned, *_ = summarise([make(1, **on("b")), *rest])
-    assert (tuned.cards, tuned.of_other_cards, tuned.doubts) == (("b",), ("eager",), ())
+    assert (tuned.fingerprints, tuned.across_cards, tuned.doubts) == (("b",), ("eager",), ())
     tuned, *_ = summarise([make(1, **on("c")), *rest])
-    assert tuned.of_other_cards == ("eager", "compute-only")
+    assert tuned.across_cards == ("eager", "compute-only")
     tuned, *_ = summarise([make(1), *rest])  # of an older version, which did not tell
-    assert (tuned.cards, tuned.of_other_cards) == ((), ())
+    assert (tuned.fingerprints, tuned.across_cards) == ((), ())
+    tuned, *_ = summarise([make(1, **on("b")), make(3, **EAGER)])
+    assert tuned.across_cards == ()
     tuned, *_ = summarise([make(1, **on("a")), make(4, **on("b")), *rest])
-    assert (tuned.cards, tuned.of_other_cards, tuned.doubts) == (("a", "b"), (), ("runs on 2 cards",))
-    for cards, of_other_cards in (("a", "b"), ()), (("c", "d"), ("one GPU",)):
+    assert (tuned.fingerprints, tuned.across_cards) == (("a", "b"), ())
+    assert tuned.doubts == ("its runs were on 2 different cards",)
+    for cards, across in (("a", "b"), ()), (("c", "d"), ("one GPU",)):
         _, row = summarise([make(1, **on("a")), make(4, **two, **on(*cards))])
-        assert (row.gpus, row.of_other_cards, row.doubts) == (2, of_other_cards, ())
+        assert (row.gpus, row.across_cards, row.doubts) == (2, across, ())
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,11 @@ def test_what_ran_on_another_card_stands_beside_the_comparison() -> None:
     assert "1.00 × ¹ |" in text
     assert "100.0 % |" in text
     assert "- ¹ compute-only on another card" in table.to_markdown([make(1, **a), make(3, mode="compute", **b)])
+    other = {"recipe": {"batch_size": 64}, "tuning": "eager"}
+    text = table.to_markdown([make(1, **a), make(2, **other, **b)])
+    assert re.search("- ¹ recipe differs from eager's: .* against 64.*; eager on another card", text)
+    two = {"gpus": 2, "scaling": "weak", "recipe": {"batch_size": 256, "epochs": 2, "lr": 0.01}}
+    assert "- ¹ one GPU on another card" in table.to_markdown([make(1, **a), make(2, **two, **b)])
 
 
 def test_the_source_of_an_energy_that_no_counter_gave_stands_beside_it() -> None:

@@ -140,8 +140,8 @@ def _over_eager(book: Book, panels: Sequence[Panel]) -> Iterator[Chart]:
         names = book.names(panel)
         for place, entry in enumerate(panel.entries):
             if entry.tuning != "eager" and entry.row.speedup_over_eager is not None:
-                apart = ["eager on another card"] if "eager" in entry.row.of_other_cards else []
-                said = "; ".join([*entry.row.differs_from_eager, *apart, *entry.caveats])
+                across = entry.row.on_another_card("eager")
+                said = "; ".join([*entry.row.differs_from_eager, *across, *entry.caveats])
                 category = f"{panel.title} · {names[place]}"
                 points.append(Point(entry=entry, category=category, value=entry.row.speedup_over_eager, said=said))
     yield from by_machine(
