@@ -496,6 +496,7 @@ def _text(record: Record, *path: str) -> str | None:
 
 
 def texts(record: Record, *path: str) -> list[str]:
+    """The texts in the list at `path`; none where there is no list."""
     values = at(record, *path)
     return [clean(value) for value in values if isinstance(value, str)] if isinstance(values, list) else []
 

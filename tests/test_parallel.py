@@ -429,7 +429,7 @@ def test_captured_steps_of_two_gpus(run: Any, case: Case) -> None:
     assert (record["status"], record["reason"]) == ("ok", None)
     assert record["case"]["captured"]
     assert record["compile"]["recompiles"] == 0
-    assert len(record["gpu"]["cards"]) == 2
+    assert len(record["gpu"]["cards"]) == len({*record["gpu"]["fingerprints"]}) == 2
     assert record["memory"]["nvml_process_peak_mib"] > 0
 
 
