@@ -11,12 +11,16 @@ at the start, where their masters are what the 16 bits hold.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .parallel import LARGE
+from . import parallel
+from .parallel import LARGE, flat, in_memory
+
+if TYPE_CHECKING:
+    from .sharded import Sharded
 
 
 def keep_large_in(half: torch.dtype, weights: Iterable[nn.Parameter]) -> None:
@@ -30,31 +34,51 @@ class MasterAdam(torch.optim.Adam):
     """`torch.optim.Adam` with one group, of parameters of which some are in bf16; of these it has fp32 masters.
 
     A master starts as its weight is, also where the state is set to zeros. compile: that of the masters' update.
+
+    Ranks that reach each other's memory share the weights out: those in bf16 move there, and the gradients are added up
+    here, if the network was called as `sharded.sending` has it.
     """
 
     def __init__(self, weights: list[nn.Parameter], compile: bool, **options: Any) -> None:
         super().__init__(weights, **options)
         self._update = torch.compile(update, fullgraph=True, dynamic=False) if compile else update
         self._halves = [weight for weight in weights if weight.dtype is torch.bfloat16]
+        self.sharded = shared_out(weights) if parallel.updates_are_shared() else None
+        if self.sharded is not None:
+            self._places = [share.weights for share in self.sharded.shares]
+        else:
+            self._places = [[flat(weight.data, in_memory(weight))] for weight in self._halves]
         # 1 - betaᵗ after t steps: the same for all
         corrections = {name: torch.zeros((), device=weights[0].device) for name in ("correction", "correction_sq")}
-        for weight in self._halves:
+        for weight, (mine, *_) in zip(self._halves, self._places, strict=True):
             state = self.state[weight]
-            state["rest"] = torch.zeros_like(weight, dtype=torch.int16)
+            state["rest"] = torch.zeros_like(mine, dtype=torch.int16)
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(weight, dtype=torch.float32)
+                state[name] = torch.zeros_like(mine, dtype=torch.float32)
             state |= corrections
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         (group,) = self.param_groups
         rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=self._halves[0].device)
-        gradients = [weight.grad for weight in self._halves]
+        if self.sharded is not None:
+            self.sharded.arrive()
+            gradients = [share.gradients for share in self.sharded.shares]
+        else:
+            gradients = [[flat(weight.grad, in_memory(weight))] for weight in self._halves if weight.grad is not None]
         states = [self.state[weight] for weight in self._halves]
-        self._update(self._halves, gradients, states, rate, group["betas"], group["eps"], group["weight_decay"])
+        self._update(self._places, gradients, states, rate, group["betas"], group["eps"], group["weight_decay"])
         for weight in self._halves:
             weight.grad = None  # else torch would update it, too
         super().step()
+        if self.sharded is not None:
+            self.sharded.meet()
+
+
+def shared_out(weights: Sequence[nn.Parameter]) -> "Sharded":
+    from .sharded import Sharded  # here, since it takes a tenth of a second
+
+    return Sharded(weights)
 
 
 def master_of(weight: Tensor, rest: Tensor) -> Tensor:
@@ -74,27 +98,32 @@ def rounded(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def update(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
+    weights: Sequence[list[Tensor]],
+    gradients: Sequence[list[Tensor]],
     states: list[dict[str, Tensor]],
     rate: Tensor,
     betas: tuple[float, float],
     eps: float,
     decay: float,
 ) -> None:
-    """One step of Adam (Kingma & Ba 2015) for bf16 `weights` and their `states`, in place."""
+    """One step of Adam (Kingma & Ba 2015) for bf16 weights and their `states`, in place.
+
+    Of each weight there are its places, of which the first is read and all are written, and the parts that its gradient
+    is the sum of.
+    """
     correction, correction_sq = states[0]["correction"], states[0]["correction_sq"]
     for shared, beta in zip((correction, correction_sq), betas, strict=True):
         shared.mul_(beta).add_(1 - beta)
-    for weight, half_gradient, state in zip(weights, gradients, states, strict=True):
+    for places, parts, state in zip(weights, gradients, states, strict=True):
         rest, average, square = state["rest"], state["exp_avg"], state["exp_avg_sq"]
-        assert half_gradient is not None
-        master, gradient = master_of(weight, rest), half_gradient.float()
+        master = master_of(places[0], rest)
+        gradient = sum((part.float() for part in parts[1:]), parts[0].float())
         if decay:
-            # in this order: where a gradient lies otherwise than its weight, torch 2.11 compiles the other one wrongly
-            gradient = decay * master + gradient
+            gradient = gradient + decay * master
         average.lerp_(gradient, 1 - betas[0])
         square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
         spread = (square / correction_sq).sqrt() + eps
-        for part, new in zip((weight, rest), rounded(master - rate / correction * average / spread), strict=True):
-            part.copy_(new)
+        weight, left = rounded(master - rate / correction * average / spread)
+        rest.copy_(left)
+        for place in places:
+            place.copy_(weight)

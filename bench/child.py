@@ -136,7 +136,8 @@ def run(order: Order, emit: Emit) -> None:
     prepare(network, tuning, device)
     loader = train_loader()
     eval_loader = make_loader(workload, eval_set, tuning, device, train=False, seed=case.seed, into=eval_place)
-    step, players = make_step(workload, network, tuning, device, loader.batches_per_epoch * workload.recipe.epochs)
+    steps = loader.batches_per_epoch * workload.recipe.epochs
+    step, players = make_step(workload, network, tuning, device, steps)
     evaluate = make_evaluation(workload, network, eval_loader, tuning, device)
 
     emit(stage="compile" if tuning.compile else "warm-up")
@@ -183,7 +184,8 @@ def run(order: Order, emit: Emit) -> None:
     if order.trace is not None:
         write_trace(order.trace, step, resident.batch, device)
     if case.gpus > 1:
-        emit(section="communication", value=communication(step, players, resident.batch, tuning))
+        again = partial(make_step, workload, network, tuning, device, steps)
+        emit(section="communication", value=communication(step, players, again, resident.batch, tuning))
     eval_loader.close()
 
 
@@ -598,17 +600,24 @@ def write_trace(path: Path, step: Step, batch: Batch, device: torch.device) -> N
         profiler.export_chrome_trace(str(path))
 
 
-def communication(step: Step, players: list[Player], batch: Batch, tuning: Tuning) -> dict[str, float]:
+def communication(
+    step: Step,
+    players: list[Player],
+    again: Callable[[], tuple[Step, list[Player]]],
+    batch: Batch,
+    tuning: Tuning,
+) -> dict[str, float]:
     """What adding up the gradients costs a step, from further steps after everything else was measured.
 
-    Seconds of a step as it was, and of one in which each rank is left to itself; the difference is what of the
-    communication no arithmetic hides. Beside it the seconds of the same sums alone, and their size in MiB.
+    Seconds of a step as it was, and of one in which each rank is left to itself, made `again`; the difference is what
+    of the communication no arithmetic hides. Beside it the seconds of sums of all the gradients alone, by the process
+    group, and their size in MiB.
     """
 
-    def seconds() -> float:
+    def seconds(step: Step) -> float:
         return call_s(lambda: step(batch.images, batch.labels)) / batch.batches
 
-    together_s = seconds()
+    together_s = seconds(step)
     half = DTYPES[tuning.precision]
     gradients = [[torch.randn_like(weight) for weight in player.parameters] for player in players]
     orders = [[parallel.in_memory(weight) for weight in player.parameters] for player in players]
@@ -626,8 +635,9 @@ def communication(step: Step, players: list[Player], batch: Batch, tuning: Tunin
     with parallel.apart():
         if isinstance(step, Captured):
             step.forget()
-        step(batch.images, batch.labels)  # compiles, where it has to
-        apart_s = seconds()
+        alone, _ = again()
+        alone(batch.images, batch.labels)  # compiles, where it has to
+        apart_s = seconds(alone)
     return {
         "step_s": float(f"{together_s:.5g}"),
         "apart_step_s": float(f"{apart_s:.5g}"),

@@ -8,7 +8,8 @@ got.
 Sums are part of the backward graph, whose compiler starts each as soon as its gradients are there, computes what else
 there is and waits for all at the end (`overlap`); uncompiled, they come after the backward pass. A gradient of at least
 `LARGE` elements travels alone and, under mixed precision, in its 16-bit type: it came out of 16-bit kernels, and sums
-are rounded. All smaller ones of a network travel in fp32, as one bucket.
+are rounded. All smaller ones of a network travel in fp32, as one bucket. Networks whose weights are kept in 16 bits go
+another way where the GPUs reach each other's memory: `sharded`.
 
 What ranks do and do not share:
 
@@ -47,6 +48,7 @@ PATIENCE = timedelta(minutes=30)  # for another rank; a run that falls silent is
 LARGE = 1 << 18  # elements of a weight or its gradient: 1 MiB in fp32
 
 _apart = False  # while the ranks train each on its own
+_reach = False  # whether each rank's GPU reaches the memory of all others
 
 
 def rank() -> int:
@@ -71,6 +73,7 @@ def seed_of(seed: int) -> int:
 
 def join(device: torch.device) -> None:
     """Makes this process one of the ranks that `launch` started. `device`: that of the tensors that they exchange."""
+    global _reach
     store, number, count = next(dist.rendezvous("env://"))
     # The agent's store outlives the ranks that it starts again, and what those before them left there.
     store = dist.PrefixStore(f"attempt {restarts()}", store)
@@ -79,6 +82,9 @@ def join(device: torch.device) -> None:
         urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # sums do not queue behind convolutions
         here = torch.device("cuda", torch.cuda.current_device())
         dist.init_process_group("nccl", device_id=here, pg_options=urgent, **common)
+        from .reach import all_reach_all  # here, since it takes a tenth of a second
+
+        _reach = all_reach_all()
     else:
         dist.init_process_group("gloo", **common)
 
@@ -106,6 +112,11 @@ def adding_up(network: nn.Module, half: torch.dtype) -> Callable[[Tensor], Tenso
     return partial(torch.func.functional_call, network, weights)
 
 
+def updates_are_shared() -> bool:
+    """Whether weights in bf16 are updated by all ranks together (`sharded`)."""
+    return _reach and not _apart
+
+
 class _AddingUp(torch.autograd.Function):
     """Weights as they are; backward their gradients' sums."""
 
@@ -124,6 +135,16 @@ def in_memory(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
 
 
+def flat(values: Tensor, order: Sequence[int]) -> Tensor:
+    """[N] of values that have the dimensions of a weight, in the order in which the weight lies."""
+    return values.permute(*order).reshape(-1)
+
+
+def shaped(values: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    """What `flat` was made of."""
+    return values.view([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(len(order))])
+
+
 def sums(gradients: Sequence[Tensor], orders: Sequence[list[int]], half: torch.dtype) -> list[Tensor]:
     """The sum over all ranks of each of the gradients, which are in the order of the forward pass.
 
@@ -132,17 +153,15 @@ def sums(gradients: Sequence[Tensor], orders: Sequence[list[int]], half: torch.d
     """
     assert dist.group.WORLD is not None
     group, found = dist.group.WORLD.group_name, list(gradients)
-    lying = [part.permute(order) for part, order in zip(gradients, orders, strict=True)]
     started = []
     for bucket in buckets(gradients):
-        rows = [lying[place].flatten() for place in bucket]
-        flat = (rows[0] if len(rows) == 1 else torch.cat(rows)).to(sent_as(gradients[bucket[0]], half))
-        started.append((bucket, torch.ops._c10d_functional.all_reduce(flat, "sum", group)))
+        rows = [flat(gradients[place], orders[place]) for place in bucket]
+        row = (rows[0] if len(rows) == 1 else torch.cat(rows)).to(sent_as(gradients[bucket[0]], half))
+        started.append((bucket, torch.ops._c10d_functional.all_reduce(row, "sum", group)))
     for bucket, sent in started:
         total = torch.ops._c10d_functional.wait_tensor(sent)
         for place, part in zip(bucket, total.split([gradients[place].numel() for place in bucket]), strict=True):
-            back = [orders[place].index(axis) for axis in range(len(orders[place]))]
-            found[place] = part.view(lying[place].shape).permute(back).to(gradients[place].dtype)
+            found[place] = shaped(part, gradients[place].shape, orders[place]).to(gradients[place].dtype)
     return found
 
 
@@ -222,6 +241,7 @@ def average_statistics(network: nn.Module) -> None:
 
 def see_own_gpu() -> None:
     """Leaves a rank the one GPU that is its own, of those that were visible; before CUDA is used. A CPU sees none."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"  # each rank's is the first of those that it sees
     number, visible = int(os.environ["LOCAL_RANK"]), os.environ.get("CUDA_VISIBLE_DEVICES")
     mine = [str(number)] if visible is None else visible.split(",")[number : number + 1]
     os.environ["CUDA_VISIBLE_DEVICES"] = "".join(mine)

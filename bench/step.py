@@ -38,9 +38,12 @@ class Player:
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if tuning.kernels and tuning.precision == "bf16" and recipe.optimizer == "adam" and recipe.basis == "taps":
             keep_large_in(torch.bfloat16, self.parameters)
+        self._half = DTYPES[tuning.precision]
         self._coordinates = Coordinates(self.parameters, tuning.compile) if recipe.basis == "frequencies" else None
         trained = self.parameters if self._coordinates is None else self._coordinates.trained
         self.optimizer = make_optimizer(trained, recipe, tuning)
+        self._sharded = self.optimizer.sharded if isinstance(self.optimizer, MasterAdam) else None
+        self.sends = self._sharded is not None
         self.scaler = torch.amp.GradScaler(device.type, enabled=tuning.precision == "fp16")
         self._new_scaler = self.scaler.state_dict()
         self._captured = tuning.capture
@@ -65,6 +68,15 @@ class Player:
             self._coordinates.read()
         self.scaler.load_state_dict(self._new_scaler)
         self._done.zero_()
+
+    def adding_up(self, network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`network`, which holds the parameters, to be called in one loss: their gradients come to be all ranks' sums.
+
+        Either in the backward pass or, of what ranks share out, in the update.
+        """
+        if self._sharded is not None:
+            return self._sharded.sending(network)
+        return parallel.adding_up(network, self._half)
 
     def begin(self, steps: int) -> None:
         """Looks up the learning rates of the next `steps` updates."""
@@ -163,10 +175,13 @@ def why_uncaptured(recipe: Recipe, tuning: Tuning) -> str | None:
     return None
 
 
-def execute(function: Callable[..., torch.Tensor], tuning: Tuning, device: torch.device) -> Callable[..., torch.Tensor]:
+def execute(
+    function: Callable[..., torch.Tensor], tuning: Tuning, device: torch.device, *, sends: bool = False
+) -> Callable[..., torch.Tensor]:
     """`function` under the tuning's autocast, compiled as one graph of constant shapes where the tuning compiles.
 
-    A graph break is an error (fullgraph): nothing runs silently slower than its record says.
+    sends: what ranks exchange in its backward pass are no sums (`Player.sends`). A graph break is an error (fullgraph):
+    nothing runs silently slower than its record says.
     """
     dtype = DTYPES[tuning.precision]
 
@@ -178,9 +193,9 @@ def execute(function: Callable[..., torch.Tensor], tuning: Tuning, device: torch
         return under_autocast
     options = None
     if parallel.ranks() > 1:
-        from .overlap import OVERLAP  # here, since it takes the compiler's modules
+        from .overlap import SENDING, SUMS  # here, since it takes the compiler's modules
 
-        options = OVERLAP
+        options = SENDING if sends else SUMS
     return torch.compile(under_autocast, fullgraph=True, dynamic=False, options=options)
 
 
@@ -216,21 +231,20 @@ def _plain_step(
     """One update of one network by one loss."""
     player = Player(network, workload.recipe, tuning, device, steps)
 
-    half = DTYPES[tuning.precision]
     recipe = workload.recipe
     smoothing, jitter = (recipe.label_smoothing, recipe.jitter) if isinstance(recipe, OpenRecipe) else (0.0, 0.0)
 
     def classification_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         seen = jittered(images, jitter) if jitter else images
-        logits = parallel.adding_up(network, half)(seen)
+        logits = player.adding_up(network)(seen)
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
     def reconstruction_loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        rebuilt = parallel.adding_up(network, half)(images)
+        rebuilt = player.adding_up(network)(images)
         return F.mse_loss(rebuilt.float(), images.float())
 
     objective = classification_loss if workload.objective == "classify" else reconstruction_loss
-    loss_of = execute(objective, tuning, device)
+    loss_of = execute(objective, tuning, device, sends=player.sends)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = loss_of(images, labels)
@@ -255,7 +269,6 @@ def _adversarial_step(
     assert isinstance(discriminator, nn.Module)
     generator_player = Player(generator, workload.recipe, tuning, device, steps)
     discriminator_player = Player(discriminator, workload.recipe, tuning, device, steps)
-    half = DTYPES[tuning.precision]
     # What is real and what is not as two batches at once: larger products, and one gradient instead of a sum of two.
     of_both = in_groups(discriminator, 2) if tuning.kernels else None
 
@@ -263,10 +276,10 @@ def _adversarial_step(
         return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, label, dtype=torch.float32))
 
     def generated(noise: torch.Tensor) -> torch.Tensor:
-        return parallel.adding_up(generator, half)(noise)
+        return generator_player.adding_up(generator)(noise)
 
     def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-        judge = parallel.adding_up(discriminator if of_both is None else of_both, half)
+        judge = discriminator_player.adding_up(discriminator if of_both is None else of_both)
         on_real, on_fake = (judge(real), judge(fake)) if of_both is None else judge(torch.cat([real, fake])).chunk(2)
         return bce(on_real, REAL_LABEL) + bce(on_fake, 0.0)
 
@@ -275,8 +288,8 @@ def _adversarial_step(
         frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
         return bce(torch.func.functional_call(discriminator, frozen, (fake,)), 1.0)
 
-    generate = execute(generated, tuning, device)
-    discriminator_loss_of = execute(discriminator_loss, tuning, device)
+    generate = execute(generated, tuning, device, sends=generator_player.sends)
+    discriminator_loss_of = execute(discriminator_loss, tuning, device, sends=discriminator_player.sends)
     generator_loss_of = execute(generator_loss, tuning, device)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

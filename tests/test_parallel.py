@@ -182,6 +182,124 @@ def test_compiled_sums_are_on_their_way_during_the_backward_pass() -> None:
     assert in_ranks(OVERLAP, str(Path(__file__).parent)) == [order] * 2
 
 
+SHARED_UPDATE = """
+import copy, sys
+import torch
+from torch import nn
+from netdyno.bench import adam, parallel, reach, sharded
+from netdyno.bench.overlap import SENDING
+
+class Mapped:
+    \"\"\"A Room of processes that share files.\"\"\"
+
+    made = 0
+
+    def __init__(self, size):
+        Mapped.made += 1
+        self._paths = [f"{sys.argv[2]}/{Mapped.made}-{rank}" for rank in range(parallel.ranks())]
+        self._size = size
+        self.own(0, size, torch.uint8)
+        self.meet()
+
+    def own(self, start, count, dtype):
+        return self.view(parallel.rank(), start, count, dtype)
+
+    def view(self, rank, start, count, dtype):
+        whole = torch.from_file(self._paths[rank], shared=True, size=self._size, dtype=torch.uint8)
+        return whole[start : start + count * dtype.itemsize].view(dtype)
+
+    def meet(self):
+        parallel.meet()
+
+class Network(nn.Module):
+    \"\"\"Whose weights get what it is given as their gradients.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        shapes = [(24, 16, 3, 3), (7,), (30, 217), (5, 4, 3, 3)]
+        self.weights = nn.ParameterList(torch.randn(shape) for shape in shapes)
+        self.to(device, memory_format=torch.channels_last)
+
+    def forward(self, *drawn):
+        return sum((weight.float() * values).sum() for weight, values in zip(self.weights, drawn, strict=True))
+
+if sys.argv[1] == "cuda":
+    parallel.see_own_gpu()
+device = torch.device(sys.argv[1])
+parallel.join(device)
+if device.type == "cpu":
+    assert not parallel.updates_are_shared()
+    sharded.Room, parallel._reach = Mapped, True
+assert parallel.updates_are_shared()
+me, count = parallel.rank(), parallel.ranks()
+adam.LARGE = 2_000
+torch.manual_seed(0)
+network = Network()
+adam.keep_large_in(torch.bfloat16, network.parameters())
+alone = copy.deepcopy(network)
+strides = [weight.stride() for weight in network.parameters()]
+options = {"lr": 1e-2, "betas": (0.5, 0.999), "weight_decay": 0.1}
+compiled = sys.argv[3] == "compiled"
+optimizer = adam.MasterAdam(list(network.parameters()), compiled, **options)
+with parallel.apart():
+    reference = adam.MasterAdam(list(alone.parameters()), compiled, **options)
+assert [weight.stride() for weight in network.parameters()] == strides
+
+def loss(*drawn):
+    return optimizer.sharded.sending(network)(drawn)
+
+if compiled:
+    loss = torch.compile(loss, fullgraph=True, options=SENDING)
+
+def check():
+    for weight, expected in zip(network.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=0)
+        assert len({*parallel.every(weight.double().sum().item())}) == 1
+
+check()
+initial = copy.deepcopy(network.state_dict())
+for turn in range(2):
+    for step in range(3):
+        drawn = []
+        for place, expected in enumerate(alone.parameters()):
+            draw = torch.Generator().manual_seed(100 * turn + 10 * step + place)
+            drawn.append(torch.randint(-9, 10, (count, *expected.shape), generator=draw).to(device, torch.float32))
+            expected.grad = torch.empty_like(expected).copy_(drawn[-1].sum(0))  # which 16 bits hold
+        loss(*(values[me] for values in drawn)).backward()
+        optimizer.step()
+        reference.step()
+        optimizer.zero_grad()
+        check()
+    for made in (optimizer, reference):
+        for state in made.state.values():
+            for value in state.values():
+                value.zero_()
+    for made in (network, alone):
+        made.load_state_dict(initial)
+large = [weight for weight in network.parameters() if weight.dtype is torch.bfloat16]
+assert [weight.numel() for weight in large] == [24 * 16 * 9, 30 * 217]
+for weight in large:
+    mine = optimizer.state[weight]["rest"].numel()
+    assert mine < weight.numel() == sum(parallel.every(mine))
+parallel.leave()
+print("as it should be")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_share_an_update_out(count: int, how: str, tmp_path: Path) -> None:
+    """With the weights that one rank has by the sum of the gradients, to the bit."""
+    assert in_ranks(SHARED_UPDATE, "cpu", str(tmp_path), how, count=count) == ["as it should be\n"] * count
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_gpus_share_an_update_out(tmp_path: Path) -> None:
+    assert in_ranks(SHARED_UPDATE, "cuda", str(tmp_path), "compiled") == ["as it should be\n"] * 2
+
+
 # Images
 
 

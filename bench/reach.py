@@ -1,0 +1,45 @@
+"""Memory of GPUs of one host that all ranks read and write, each from its own kernels, over NVLink or PCIe."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+from torch import Tensor
+
+
+class Room:
+    """Memory of as many bytes on each rank's GPU, of which every rank sees all; made by all of them at once."""
+
+    def __init__(self, size: int) -> None:
+        assert dist.group.WORLD is not None
+        here = torch.device("cuda", torch.cuda.current_device())
+        self._own = symmetric_memory.empty(size, dtype=torch.uint8, device=here)
+        self._all: Any = symmetric_memory.rendezvous(self._own, dist.group.WORLD)
+
+    def own(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """[count], from byte `start` of what is on this rank's GPU, which stays as long as it is used."""
+        return self._own[start : start + count * dtype.itemsize].view(dtype)
+
+    def view(self, rank: int, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """[count], from byte `start` of what is on the rank's GPU, as long as the room lasts.
+
+        Views share no storage: what compiles their updates need not ask which of them overlap.
+        """
+        return self._all.get_buffer(rank, (count,), dtype, start // dtype.itemsize)
+
+    def meet(self) -> None:
+        """Every GPU waits here for all; each sees what the others wrote before. May be part of a CUDA graph."""
+        self._all.barrier()
+
+
+def all_reach_all() -> bool:
+    """Whether there can be a `Room`: the same answer in every rank."""
+    try:
+        Room(16)
+        can = True
+    except RuntimeError:  # ranks of several hosts, or GPUs without a way to each other's memory
+        can = False
+    found = torch.tensor(can, dtype=torch.int32, device="cuda")
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found.item())
