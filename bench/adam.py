@@ -65,7 +65,7 @@ class MasterAdam(torch.optim.Adam):
             self.sharded.arrive()
             gradients = [share.gradients for share in self.sharded.shares]
         else:
-            gradients = [[flat(weight.grad, in_memory(weight))] for weight in self._halves if weight.grad is not None]
+            gradients = [[_flat_gradient(weight)] for weight in self._halves]
         states = [self.state[weight] for weight in self._halves]
         self._update(self._places, gradients, states, rate, group["betas"], group["eps"], group["weight_decay"])
         for weight in self._halves:
@@ -73,6 +73,11 @@ class MasterAdam(torch.optim.Adam):
         super().step()
         if self.sharded is not None:
             self.sharded.meet()
+
+
+def _flat_gradient(weight: nn.Parameter) -> Tensor:
+    assert weight.grad is not None
+    return flat(weight.grad, in_memory(weight))
 
 
 def shared_out(weights: Sequence[nn.Parameter]) -> "Sharded":

@@ -610,8 +610,9 @@ def communication(
     """What adding up the gradients costs a step, from further steps after everything else was measured.
 
     Seconds of a step as it was, and of one in which each rank is left to itself, made `again`; the difference is what
-    of the communication no arithmetic hides. Beside it the seconds of sums of all the gradients alone, by the process
-    group, and their size in MiB.
+    of the communication no arithmetic hides, less what ranks save that share the update out: it may be negative. Beside
+    it the seconds of sums of all the gradients alone, by the process group, and their size in MiB; and how much of that
+    is added up in a shared update.
     """
 
     def seconds(step: Step) -> float:
@@ -632,9 +633,12 @@ def communication(
         gradient.numel() * parallel.sent_as(gradient, half).itemsize for group in gradients for gradient in group
     )
     add_up_s = call_s(Captured(add_up, "train") if tuning.capture else add_up) / batch.batches
+    shared = [weight for player in players if player.sends for weight in player.parameters]
     with parallel.apart():
         if isinstance(step, Captured):
             step.forget()
+        for player in players:
+            player.optimizer.state.clear()  # it is needed no more, and its memory is
         alone, _ = again()
         alone(batch.images, batch.labels)  # compiles, where it has to
         apart_s = seconds(alone)
@@ -644,6 +648,7 @@ def communication(
         "exposed_s": float(f"{together_s - apart_s:.5g}"),
         "add_up_s": float(f"{add_up_s:.5g}"),
         "add_up_mib": float(f"{sent_bytes / 2**20:.4g}"),
+        "shared_mib": float(f"{sum(weight.nbytes for weight in shared) / 2**20:.4g}"),
     }
 
 

@@ -53,8 +53,10 @@ class Gpu:
         self.driver: str = nvml.nvmlSystemGetDriverVersion()
         # Which card it is, for records to compare: the UUID itself is nobody's business. None where it does not tell.
         self.fingerprint: str | None = None
+        self.uuid = ""
         with suppress(nvml.NVMLError):
-            self.fingerprint = hashlib.sha256(nvml.nvmlDeviceGetUUID(handle).encode()).hexdigest()[:12]
+            self.uuid = nvml.nvmlDeviceGetUUID(handle)
+            self.fingerprint = hashlib.sha256(self.uuid.encode()).hexdigest()[:12]
 
     @staticmethod
     @contextmanager
@@ -100,6 +102,16 @@ class Gpu:
         except nvml.NVMLError:  # there is no such GPU, which CUDA takes for none at all
             pass
         return None
+
+    def reaches(self, uuid: str) -> bool:
+        """Whether this GPU's kernels may read, write and atomically change another one's memory, on this machine."""
+        nvml = self._nvml
+        try:
+            other = nvml.nvmlDeviceGetHandleByUUID(uuid)
+            status = nvml.nvmlDeviceGetP2PStatus(self._handle, other, nvml.NVML_P2P_CAPS_INDEX_ATOMICS)
+        except nvml.NVMLError:
+            return False
+        return status == nvml.NVML_P2P_STATUS_OK
 
     def process_memory_mib(self, pid: int) -> float | None:
         """What NVML counts for one process: CUDA context, torch, DALI and libraries together, in MiB."""

@@ -48,7 +48,7 @@ PATIENCE = timedelta(minutes=30)  # for another rank; a run that falls silent is
 LARGE = 1 << 18  # elements of a weight or its gradient: 1 MiB in fp32
 
 _apart = False  # while the ranks train each on its own
-_reach = False  # whether each rank's GPU reaches the memory of all others
+_reach: bool | None = None  # whether each rank's GPU reaches the memory of all others, once that was asked
 
 
 def rank() -> int:
@@ -73,7 +73,6 @@ def seed_of(seed: int) -> int:
 
 def join(device: torch.device) -> None:
     """Makes this process one of the ranks that `launch` started. `device`: that of the tensors that they exchange."""
-    global _reach
     store, number, count = next(dist.rendezvous("env://"))
     # The agent's store outlives the ranks that it starts again, and what those before them left there.
     store = dist.PrefixStore(f"attempt {restarts()}", store)
@@ -82,9 +81,6 @@ def join(device: torch.device) -> None:
         urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # sums do not queue behind convolutions
         here = torch.device("cuda", torch.cuda.current_device())
         dist.init_process_group("nccl", device_id=here, pg_options=urgent, **common)
-        from .reach import all_reach_all  # here, since it takes a tenth of a second
-
-        _reach = all_reach_all()
     else:
         dist.init_process_group("gloo", **common)
 
@@ -113,8 +109,15 @@ def adding_up(network: nn.Module, half: torch.dtype) -> Callable[[Tensor], Tenso
 
 
 def updates_are_shared() -> bool:
-    """Whether weights in bf16 are updated by all ranks together (`sharded`)."""
-    return _reach and not _apart
+    """Whether weights in bf16 are updated by all ranks together (`sharded`); all of them ask at once."""
+    global _reach
+    if _apart or ranks() == 1:
+        return False
+    if _reach is None:
+        from .reach import all_reach_all  # here, since it takes a tenth of a second
+
+        _reach = dist.get_backend() == "nccl" and all_reach_all()
+    return _reach
 
 
 class _AddingUp(torch.autograd.Function):
@@ -137,7 +140,7 @@ def in_memory(tensor: Tensor) -> list[int]:
 
 def flat(values: Tensor, order: Sequence[int]) -> Tensor:
     """[N] of values that have the dimensions of a weight, in the order in which the weight lies."""
-    return values.permute(*order).reshape(-1)
+    return values.permute([*order]).reshape(-1)
 
 
 def shaped(values: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
@@ -182,7 +185,7 @@ def sent_as(gradient: Tensor, half: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Gradients are not added up meanwhile: to see what a step costs without that. A compiled step compiles anew."""
+    """Gradients are not added up meanwhile: to see what a step costs without that, of one that is made meanwhile."""
     global _apart
     _apart = True
     try:

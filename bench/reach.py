@@ -1,4 +1,4 @@
-"""Memory of GPUs of one host that all ranks read and write, each from its own kernels, over NVLink or PCIe."""
+"""Memory of GPUs of one host that all ranks read and write, each from its own kernels: over NVLink."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
+
+from .gpu import Gpu
 
 
 class Room:
@@ -18,7 +20,10 @@ class Room:
         self._all: Any = symmetric_memory.rendezvous(self._own, dist.group.WORLD)
 
     def own(self, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        """[count], from byte `start` of what is on this rank's GPU, which stays as long as it is used."""
+        """[count], from byte `start` of what is on this rank's GPU, which stays as long as it is used.
+
+        To torch it has nothing to do with a `view` of the same bytes: what changes one is not to be given the other.
+        """
         return self._own[start : start + count * dtype.itemsize].view(dtype)
 
     def view(self, rank: int, start: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -34,12 +39,21 @@ class Room:
 
 
 def all_reach_all() -> bool:
-    """Whether there can be a `Room`: the same answer in every rank."""
-    try:
-        Room(16)
-        can = True
-    except RuntimeError:  # ranks of several hosts, or GPUs without a way to each other's memory
-        can = False
-    found = torch.tensor(can, dtype=torch.int32, device="cuda")
+    """Whether there can be a `Room`: the same answer in every rank, all of which ask at once."""
+    with Gpu.open() as own:
+        uuids: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(uuids, own and own.uuid)
+        others = uuids[: dist.get_rank()] + uuids[dist.get_rank() + 1 :]
+        can = own is not None and all(uuid and own.reaches(uuid) for uuid in others)
+    if _in_all(can):
+        try:
+            Room(16)
+        except RuntimeError:  # no way to hand the memory over between these processes
+            can = False
+    return _in_all(can)
+
+
+def _in_all(here: bool) -> bool:
+    found = torch.tensor(here, dtype=torch.int32, device="cuda")
     dist.all_reduce(found, dist.ReduceOp.MIN)
     return bool(found.item())

@@ -25,8 +25,8 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
                 the card does not tell; when energy can be told stands in bench/gpu.py), cards (of several, each
                 one's own; the rest is then of all together), card (its number, where cases ran on several at once),
                 beside (each case that ran meanwhile, and on which card), fingerprints (hashes of the cards' UUIDs)
-    communication  restarts, rank_train_s (of each rank), step_s, apart_step_s, exposed_s, add_up_s, add_up_mib
-                (what they are stands in bench/child.py; None on one GPU)
+    communication  restarts, rank_train_s (of each rank), step_s, apart_step_s, exposed_s, add_up_s, add_up_mib,
+                shared_mib (what they are stands in bench/child.py; None on one GPU)
     roofline    flop_per_s, bytes_per_s, ceiling_flop_per_s, ceiling_bytes_per_s, share (of the images/s that the
                 ceilings allow; counted in bench/roofline.py, the ceilings measured by netdyno doctor)
     code

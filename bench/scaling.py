@@ -97,12 +97,17 @@ class Projection:
 
 
 def project(communication: Mapping[str, Any], measured: int, gpus: int, links: Links) -> Projection:
-    """From the `communication` of a record of `measured` GPUs of one host to `gpus` of them."""
+    """From the `communication` of a record of `measured` GPUs of one host to `gpus` of them.
+
+    Between hosts no update is shared out: where one was, what its sums take by NCCL is taken to be exposed as a whole.
+    """
     alone_s, size = communication["apart_step_s"], communication["add_up_mib"] * 2**20
+    as_measured = gpus <= GPUS_A_HOST or not communication.get("shared_mib")
+    exposed_s = communication["exposed_s" if as_measured else "add_up_s"]
     ways = all_reduce_s(size, gpus, links)
     way = min(ways, key=ways.__getitem__)
     longer_s = ways[way] - min(all_reduce_s(size, measured, links).values())
-    step_s = alone_s + max(0.0, communication["exposed_s"] + longer_s)
+    step_s = alone_s + max(0.0, exposed_s + longer_s)
     return Projection(gpus=gpus, step_s=step_s, efficiency=alone_s / step_s, way=way)
 
 

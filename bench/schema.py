@@ -395,7 +395,9 @@ RECORD = _object(
                     "restarts": _or_null(_count),
                     "rank_train_s": _or_null(_each(_measure, MOST_RANKS)),
                     "exposed_s": _or_null(_number),  # a difference, which may be negative
-                    **dict.fromkeys(("step_s", "apart_step_s", "add_up_s", "add_up_mib"), _or_null(_measure)),
+                    **dict.fromkeys(
+                        ("step_s", "apart_step_s", "add_up_s", "add_up_mib", "shared_mib"), _or_null(_measure)
+                    ),
                 }
             )
         ),

@@ -52,13 +52,14 @@ class Sharded:
         self._places = [known[id(weight)] for weight in weights]
         device = weights[0].device
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._reading: list[Tensor] = []  # what copies that are on their way read
+        self._reading: list[torch.UntypedStorage] = []  # what copies that are on their way read
+        # one for each large weight, and one for all small ones: see `_Sending`
         self._gates = [torch.empty(0, device=device, requires_grad=True) for _ in range(len(self._large) + 1)]
         self._lay_out()
 
     def _lay_out(self) -> None:
         ranks, me = range(parallel.ranks()), parallel.rank()
-        others = [rank for rank in ranks if rank != me]
+        others = [(me + number) % len(ranks) for number in range(1, len(ranks))]  # not all of them one rank first
         sizes = [rounded_up(weight.nbytes, len(ranks) * ALIGNMENT) for weight in self._large]
         small = rounded_up(4 * sum(weight.numel() for weight in self._small), ALIGNMENT)
         self._room = Room(2 * sum(sizes) + len(ranks) * small)
@@ -76,13 +77,13 @@ class Sharded:
                     parts[me],
                     [self._room.view(rank, start + me * length, n[me], kind) for rank in (me, *others)],
                     [self._room.view(me, came + rank * length, n[me], kind) for rank in ranks],
-                    [(parts[rank], self._room.view(rank, came + me * length, n[rank], kind)) for rank in ranks],
+                    [(parts[to], self._room.view(to, came + me * length, n[to], kind)) for to in (*others, me)],
                 )
             )
             start += 2 * size
         count = sum(weight.numel() for weight in self._small)
         self._came = [self._room.view(me, start + rank * small, count, torch.float32) for rank in ranks]
-        self._sent = [self._room.view(rank, start + me * small, count, torch.float32) for rank in ranks]
+        self._sent = [self._room.view(to, start + me * small, count, torch.float32) for to in (*others, me)]
 
     def sending(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
         """`network`, which trains the weights, in their order, to be called in one loss: backward, gradients are sent.
@@ -90,6 +91,7 @@ class Sharded:
         Backward, `grad` of weights in bf16 becomes this rank's own gradient, that of the others None.
         """
         trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+        assert len(trained) == len(self._places)
         weights = _Sending.apply(self._number, self._places, *self._gates, *trained.values())
         return partial(torch.func.functional_call, network, dict(zip(trained, weights, strict=True)))
 
@@ -101,7 +103,7 @@ class Sharded:
             return
         share = self.shares[place]
         gradient = flat(values, share.order)
-        self._reading.append(gradient)
+        self._reading.append(gradient.untyped_storage())  # not the tensor: autograd would leave us that and copy it
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -135,7 +137,8 @@ class _Sending(torch.autograd.Function):
     """Weights as they are; backward their gradients are sent.
 
     What is sent leaves no trace in a graph of values. So there are gates, which are empty, and whose gradients, as
-    empty, come of sending.
+    empty, come of sending. A large gradient is given back, too, although nobody needs it then: what a compiled graph
+    gives it does not overwrite, and copies may still read it.
     """
 
     @staticmethod
@@ -154,7 +157,8 @@ class _Sending(torch.autograd.Function):
         return None, None, *sent, send(small, ctx.number, ctx.large), *own
 
 
-@torch.library.custom_op("netdyno::send", mutates_args=())
+# flexible_layout: else the compiler may send a copy that lies as a trace has it, and overwrite that
+@torch.library.custom_op("netdyno::send", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def send(values: Tensor, number: int, place: int) -> Tensor:
     """What the `Sharded` of that number sends; [0]."""
     _made[number].send(values, place)

@@ -42,6 +42,8 @@ class FakeNvml:
     NVML_CLOCK_SM = 1
     NVML_CLOCK_MEM = 2
     NVML_FI_DEV_POWER_INSTANT = 186
+    NVML_P2P_CAPS_INDEX_ATOMICS = 3
+    NVML_P2P_STATUS_OK = 0
     NVML_SUCCESS = 0
     NVML_TEMPERATURE_GPU = 0
     NVMLError = NVMLError
@@ -76,9 +78,13 @@ class FakeNvml:
         return SLICE if handle == "slice" else UUIDS[int(handle[-1])]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        if uuid != SLICE:
+        if uuid != SLICE and uuid not in UUIDS:
             raise NVMLError("Not Found")
-        return "slice"
+        return "slice" if uuid == SLICE else f"card {UUIDS.index(uuid)}"
+
+    def nvmlDeviceGetP2PStatus(self, handle: str, other: str, caps: int) -> int:
+        assert caps == self.NVML_P2P_CAPS_INDEX_ATOMICS
+        return 0 if {handle, other} == {"card 0", "card 1"} else 5
 
     def nvmlDeviceGetName(self, handle: str) -> str:
         return handle
@@ -185,6 +191,12 @@ def test_a_card_is_known_by_its_fingerprint(nvml: FakeNvml) -> None:
     with Gpu.open() as silent:
         assert silent is not None
         assert silent.fingerprint is None
+
+
+def test_which_cards_reach_each_other(nvml: FakeNvml) -> None:
+    with Gpu.open("0") as card:
+        assert card is not None
+        assert [card.reaches(uuid) for uuid in (*UUIDS, "GPU-of another host")] == [False, True, False]
 
 
 def test_without_a_driver_there_are_no_cards(nvml: FakeNvml) -> None:

@@ -54,6 +54,18 @@ def test_sums_that_two_hide_grow_into_the_open() -> None:
     assert project(hidden, 2, 64, LINKS).step_s == pytest.approx(1e-3 + longer)
 
 
+def test_between_hosts_no_update_is_shared_out() -> None:
+    """There all of the sums is exposed; within a host it goes on as measured."""
+    shared = FOUND | {"exposed_s": -1e-4, "shared_mib": 9.0}
+    size = 10 * 2**20
+
+    def longer(gpus: int) -> float:
+        return min(all_reduce_s(size, gpus, LINKS).values()) - min(all_reduce_s(size, 2, LINKS).values())
+
+    assert project(shared, 2, 64, LINKS).step_s == pytest.approx(1e-3 + 1.9e-4 + longer(64))
+    assert project(shared, 2, 8, LINKS).step_s == pytest.approx(1e-3 + max(0, longer(8) - 1e-4))
+
+
 def test_the_table_tells_measured_from_projected() -> None:
     two = make(1, gpus=2, scaling="weak") | {"communication": FOUND}
     lines = scaling.page_table([make(2), two, two | {"status": "failed"}]).splitlines()
