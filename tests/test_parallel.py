@@ -569,8 +569,9 @@ def test_captured_steps_of_two_gpus(run: Any, case: Case) -> None:
     assert record["compile"]["recompiles"] == 0
     assert len(record["gpu"]["cards"]) == len({*record["gpu"]["fingerprints"]}) == 2
     assert record["memory"]["nvml_process_peak_mib"] > 0
-    shared = record["communication"]["shared_mib"]
-    assert shared == 0 if case.tuning == "t4" else 0 <= shared < record["communication"]["add_up_mib"]
+    found = record["communication"]
+    # of dcgan all, where the GPUs reach each other
+    assert found["shared_mib"] in ((0,) if case.tuning == "t4" else (0, found["add_up_mib"]))
 
 
 @pytest.mark.slow
