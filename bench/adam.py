@@ -45,7 +45,7 @@ class MasterAdam(torch.optim.Adam):
         self._halves = [weight for weight in weights if weight.dtype is torch.bfloat16]
         self.sharded = shared_out(weights) if parallel.updates_are_shared() else None
         if self.sharded is not None:
-            self._places = [share.weights for share in self.sharded.shares]
+            self._places = [portion.weights for portion in self.sharded.portions]
         else:
             self._places = [[flat(weight.data, in_memory(weight))] for weight in self._halves]
         # 1 - betaᵗ after t steps: the same for all
@@ -62,8 +62,8 @@ class MasterAdam(torch.optim.Adam):
         (group,) = self.param_groups
         rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=self._halves[0].device)
         if self.sharded is not None:
-            self.sharded.arrive()
-            gradients = [share.gradients for share in self.sharded.shares]
+            self.sharded.take_gradients()
+            gradients = [portion.gradients for portion in self.sharded.portions]
         else:
             gradients = [[_flat_gradient(weight)] for weight in self._halves]
         states = [self.state[weight] for weight in self._halves]
@@ -72,7 +72,7 @@ class MasterAdam(torch.optim.Adam):
             weight.grad = None  # else torch would update it, too
         super().step()
         if self.sharded is not None:
-            self.sharded.meet()
+            self.sharded.await_weights()
 
 
 def _flat_gradient(weight: nn.Parameter) -> Tensor:

@@ -1,9 +1,9 @@
 """Weights whose update ranks share out that reach each other's memory (ZeRO stage 1: Rajbhandari et al. 2020).
 
 Within the backward pass each rank sends the others those parts of its gradients that are theirs to add up, each as soon
-as it is there (`overlap`). Copies of that size take no multiprocessor from the convolutions beside them. Each rank
-updates its part of each weight, and its kernel writes what comes of it into the weights of all: together that takes no
-longer than one rank's whole update. So there is one optimizer state of each weight, and not one on each GPU.
+as it is there (`overlap`): on an H200 such copies leave the convolutions beside them alone. Each rank updates its part
+of each weight, and its kernel writes what comes of it into the weights of all: together that takes no longer than one
+rank's whole update. So there is one optimizer state of each weight, and not one on each GPU.
 
 What is small is not worth sharing out: all those gradients go to all ranks, each of which adds them up.
 """
@@ -26,20 +26,19 @@ _made: "list[Sharded]" = []  # compiled code knows each by its number
 
 
 @dataclass(frozen=True)
-class Share:
-    """What this rank updates of a weight. All is flat, as the weight lies in memory: [n], or [N] of the whole."""
+class Portion:
+    """What this rank updates of a weight, flat, as the weight lies in memory: [n] of [N] values."""
 
     order: list[int]  # of the weight's dimensions in memory
-    mine: slice  # of N
     weights: list[Tensor]  # [n], its own weights, then those of the others: where all that comes of it is written
     gradients: list[Tensor]  # [n], each rank's, once they were sent
-    sent: list[tuple[slice, Tensor]]  # of N, what is each rank's, and where that goes
+    sent: list[tuple[slice, Tensor]]  # of the gradient, [N], what is each rank's, and where that goes
 
 
 class Sharded:
     """Shares `weights` out: those in bf16 by parts, the others not. Every rank does the same at the same time.
 
-    The weights in bf16 move to memory that all ranks reach. shares: one for each of them.
+    The weights in bf16 move to memory that all ranks reach. portions: one for each of them.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
@@ -63,7 +62,7 @@ class Sharded:
         sizes = [rounded_up(weight.nbytes, len(ranks) * ALIGNMENT) for weight in self._large]
         small = rounded_up(4 * sum(weight.numel() for weight in self._small), ALIGNMENT)
         self._room = Room(2 * sum(sizes) + len(ranks) * small)
-        self.shares, start = [], 0
+        self.portions, start = [], 0
         for weight, size in zip(self._large, sizes, strict=True):
             order, kind, count = in_memory(weight), weight.dtype, weight.numel()
             length, came = size // len(ranks), start + size  # bytes; behind the weight each rank's gradients come
@@ -71,10 +70,9 @@ class Sharded:
             parts = [slice(min(rank * step, count), min((rank + 1) * step, count)) for rank in ranks]
             n = [part.stop - part.start for part in parts]
             weight.data = shaped(self._room.own(start, count, kind), weight.shape, order).copy_(weight.data)
-            self.shares.append(
-                Share(
+            self.portions.append(
+                Portion(
                     order,
-                    parts[me],
                     [self._room.view(rank, start + me * length, n[me], kind) for rank in (me, *others)],
                     [self._room.view(me, came + rank * length, n[me], kind) for rank in ranks],
                     [(parts[to], self._room.view(to, came + me * length, n[to], kind)) for to in (*others, me)],
@@ -97,20 +95,20 @@ class Sharded:
 
     def send(self, values: Tensor, place: int) -> None:
         """Sends the gradient of the weight at this place, or, behind all in bf16, [n] of all others together."""
-        if place == len(self.shares):
+        if place == len(self.portions):
             for there in self._sent:
                 there.copy_(values)
             return
-        share = self.shares[place]
-        gradient = flat(values, share.order)
+        portion = self.portions[place]
+        gradient = flat(values, portion.order)
         self._reading.append(gradient.untyped_storage())  # not the tensor: autograd would leave us that and copy it
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for theirs, there in share.sent:
+            for theirs, there in portion.sent:
                 there.copy_(gradient[theirs])
 
-    def arrive(self) -> None:
+    def take_gradients(self) -> None:
         """Waits until all gradients came and no rank computes with the weights; small gradients are those of all."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
@@ -124,7 +122,7 @@ class Sharded:
         for gate in self._gates:
             gate.grad = None
 
-    def meet(self) -> None:
+    def await_weights(self) -> None:
         """Waits until all ranks have written their parts of the weights."""
         self._room.meet()
 
