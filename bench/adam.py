@@ -11,16 +11,14 @@ at the start, where their masters are what the 16 bits hold.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import parallel
 from .parallel import LARGE, flat, in_memory
-
-if TYPE_CHECKING:
-    from .sharded import Sharded
+from .sharded import Sharded
 
 
 def keep_large_in(half: torch.dtype, weights: Iterable[nn.Parameter]) -> None:
@@ -36,14 +34,14 @@ class MasterAdam(torch.optim.Adam):
     A master starts as its weight is, also where the state is set to zeros. compile: that of the masters' update.
 
     Ranks that reach each other's memory share the weights out: those in bf16 move there, and the gradients are added up
-    here, if the network was called as `sharded.sending` has it.
+    here, if the network was called as `Sharded.sending` has it.
     """
 
     def __init__(self, weights: list[nn.Parameter], compile: bool, **options: Any) -> None:
         super().__init__(weights, **options)
         self._update = torch.compile(update, fullgraph=True, dynamic=False) if compile else update
         self._halves = [weight for weight in weights if weight.dtype is torch.bfloat16]
-        self.sharded = shared_out(weights) if parallel.updates_are_shared() else None
+        self.sharded = Sharded(weights) if parallel.updates_are_shared() else None
         if self.sharded is not None:
             self._places = [portion.weights for portion in self.sharded.portions]
         else:
@@ -78,12 +76,6 @@ class MasterAdam(torch.optim.Adam):
 def _flat_gradient(weight: nn.Parameter) -> Tensor:
     assert weight.grad is not None
     return flat(weight.grad, in_memory(weight))
-
-
-def shared_out(weights: Sequence[nn.Parameter]) -> "Sharded":
-    from .sharded import Sharded  # here, since it takes a tenth of a second
-
-    return Sharded(weights)
 
 
 def master_of(weight: Tensor, rest: Tensor) -> Tensor:

@@ -633,7 +633,7 @@ def communication(
         gradient.numel() * parallel.sent_as(gradient, half).itemsize for group in gradients for gradient in group
     )
     add_up_s = call_s(Captured(add_up, "train") if tuning.capture else add_up) / batch.batches
-    shared = [weight for player in players if player.sends for weight in player.parameters]
+    shared = [weight for player in players if player.sharded for weight in player.parameters]
     with parallel.apart():
         if isinstance(step, Captured):
             step.forget()

@@ -44,6 +44,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .reach import all_reach_all
+
 PATIENCE = timedelta(minutes=30)  # for another rank; a run that falls silent is ended before
 LARGE = 1 << 18  # elements of a weight or its gradient: 1 MiB in fp32
 
@@ -114,8 +116,6 @@ def updates_are_shared() -> bool:
     if _apart or ranks() == 1:
         return False
     if _reach is None:
-        from .reach import all_reach_all  # here, since it takes a tenth of a second
-
         _reach = dist.get_backend() == "nccl" and all_reach_all()
     return _reach
 

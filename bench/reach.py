@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 from .gpu import Gpu
@@ -14,6 +13,8 @@ class Room:
     """Memory of as many bytes on each rank's GPU, of which every rank sees all; made by all of them at once."""
 
     def __init__(self, size: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory  # here, since it takes a tenth of a second
+
         assert dist.group.WORLD is not None
         here = torch.device("cuda", torch.cuda.current_device())
         self._own = symmetric_memory.empty(size, dtype=torch.uint8, device=here)

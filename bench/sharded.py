@@ -59,8 +59,8 @@ class Sharded:
     def _lay_out(self) -> None:
         ranks, me = range(parallel.ranks()), parallel.rank()
         others = [(me + number) % len(ranks) for number in range(1, len(ranks))]  # not all of them one rank first
-        sizes = [rounded_up(weight.nbytes, len(ranks) * ALIGNMENT) for weight in self._large]
-        small = rounded_up(4 * sum(weight.numel() for weight in self._small), ALIGNMENT)
+        sizes = [_rounded_up(weight.nbytes, len(ranks) * ALIGNMENT) for weight in self._large]
+        small = _rounded_up(4 * sum(weight.numel() for weight in self._small), ALIGNMENT)
         self._room = Room(2 * sum(sizes) + len(ranks) * small)
         self.portions, start = [], 0
         for weight, size in zip(self._large, sizes, strict=True):
@@ -127,7 +127,7 @@ class Sharded:
         self._room.meet()
 
 
-def rounded_up(size: int, unit: int) -> int:
+def _rounded_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 

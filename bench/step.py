@@ -42,8 +42,7 @@ class Player:
         self._coordinates = Coordinates(self.parameters, tuning.compile) if recipe.basis == "frequencies" else None
         trained = self.parameters if self._coordinates is None else self._coordinates.trained
         self.optimizer = make_optimizer(trained, recipe, tuning)
-        self._sharded = self.optimizer.sharded if isinstance(self.optimizer, MasterAdam) else None
-        self.sends = self._sharded is not None
+        self.sharded = self.optimizer.sharded if isinstance(self.optimizer, MasterAdam) else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=tuning.precision == "fp16")
         self._new_scaler = self.scaler.state_dict()
         self._captured = tuning.capture
@@ -74,8 +73,8 @@ class Player:
 
         Either in the backward pass or, of what ranks share out, in the update.
         """
-        if self._sharded is not None:
-            return self._sharded.sending(network)
+        if self.sharded is not None:
+            return self.sharded.sending(network)
         return parallel.adding_up(network, self._half)
 
     def begin(self, steps: int) -> None:
@@ -180,7 +179,7 @@ def execute(
 ) -> Callable[..., torch.Tensor]:
     """`function` under the tuning's autocast, compiled as one graph of constant shapes where the tuning compiles.
 
-    sends: what ranks exchange in its backward pass are no sums (`Player.sends`). A graph break is an error (fullgraph):
+    sends: what ranks exchange in its backward pass are no sums (`sharded`). A graph break is an error (fullgraph):
     nothing runs silently slower than its record says.
     """
     dtype = DTYPES[tuning.precision]
@@ -244,7 +243,7 @@ def _plain_step(
         return F.mse_loss(rebuilt.float(), images.float())
 
     objective = classification_loss if workload.objective == "classify" else reconstruction_loss
-    loss_of = execute(objective, tuning, device, sends=player.sends)
+    loss_of = execute(objective, tuning, device, sends=player.sharded is not None)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = loss_of(images, labels)
@@ -288,8 +287,8 @@ def _adversarial_step(
         frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
         return bce(torch.func.functional_call(discriminator, frozen, (fake,)), 1.0)
 
-    generate = execute(generated, tuning, device, sends=generator_player.sends)
-    discriminator_loss_of = execute(discriminator_loss, tuning, device, sends=discriminator_player.sends)
+    generate = execute(generated, tuning, device, sends=generator_player.sharded is not None)
+    discriminator_loss_of = execute(discriminator_loss, tuning, device, sends=discriminator_player.sharded is not None)
     generator_loss_of = execute(generator_loss, tuning, device)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from netdyno.bench import cli, machine, parallel, runner, schema
 from netdyno.bench.data import baseline, dali, synthetic
 from netdyno.bench.data.loader import Loader, Share, count_epoch
 from netdyno.bench.errors import UserError
+from netdyno.bench.gpu import Gpu
 from netdyno.bench.record import load_all
 from netdyno.bench.workloads import Case, Preprocess, find, resolve
 
@@ -569,9 +570,10 @@ def test_captured_steps_of_two_gpus(run: Any, case: Case) -> None:
     assert record["compile"]["recompiles"] == 0
     assert len(record["gpu"]["cards"]) == len({*record["gpu"]["fingerprints"]}) == 2
     assert record["memory"]["nvml_process_peak_mib"] > 0
-    found = record["communication"]
-    # of dcgan all, where the GPUs reach each other
-    assert found["shared_mib"] in ((0,) if case.tuning == "t4" else (0, found["add_up_mib"]))
+    one, two, *_ = Gpu.cards()
+    with Gpu.open(one) as card:
+        share = case.workload == "dcgan" and card is not None and card.reaches(two)
+    assert record["communication"]["shared_mib"] == (record["communication"]["add_up_mib"] if share else 0)
 
 
 @pytest.mark.slow
