@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
-from .parallel import LARGE, flat, in_memory
+from .parallel import LARGE, flat, flat_gradient, in_memory
 from .sharded import Sharded
 
 
@@ -33,8 +33,8 @@ class MasterAdam(torch.optim.Adam):
 
     A master starts as its weight is, also where the state is set to zeros. compile: that of the masters' update.
 
-    Ranks that reach each other's memory share the weights out: those in bf16 move there, and the gradients are added up
-    here, if the network was called as `Sharded.sending` has it.
+    Ranks that reach each other's memory share the update out: weights in bf16 move there, and their gradients, which
+    are to be each rank's own, are added up here.
     """
 
     def __init__(self, weights: list[nn.Parameter], compile: bool, **options: Any) -> None:
@@ -60,22 +60,16 @@ class MasterAdam(torch.optim.Adam):
         (group,) = self.param_groups
         rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=self._halves[0].device)
         if self.sharded is not None:
-            self.sharded.take_gradients()
-            gradients = [portion.gradients for portion in self.sharded.portions]
+            gradients = self.sharded.take_gradients()
         else:
-            gradients = [[_flat_gradient(weight)] for weight in self._halves]
+            gradients = [[flat_gradient(weight)] for weight in self._halves]
         states = [self.state[weight] for weight in self._halves]
         self._update(self._places, gradients, states, rate, group["betas"], group["eps"], group["weight_decay"])
         for weight in self._halves:
             weight.grad = None  # else torch would update it, too
         super().step()
         if self.sharded is not None:
-            self.sharded.await_weights()
-
-
-def _flat_gradient(weight: nn.Parameter) -> Tensor:
-    assert weight.grad is not None
-    return flat(weight.grad, in_memory(weight))
+            self.sharded.finish()
 
 
 def master_of(weight: Tensor, rest: Tensor) -> Tensor:

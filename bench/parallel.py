@@ -143,6 +143,12 @@ def flat(values: Tensor, order: Sequence[int]) -> Tensor:
     return values.permute([*order]).reshape(-1)
 
 
+def flat_gradient(weight: nn.Parameter) -> Tensor:
+    """[N], the weight's gradient in the order in which the weight lies."""
+    assert weight.grad is not None
+    return flat(weight.grad, in_memory(weight))
+
+
 def shaped(values: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
     """What `flat` was made of."""
     return values.view([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(len(order))])

@@ -74,7 +74,7 @@ class Player:
         Either in the backward pass or, of what ranks share out, in the update.
         """
         if self.sharded is not None:
-            return self.sharded.sending(network)
+            return network
         return parallel.adding_up(network, self._half)
 
     def begin(self, steps: int) -> None:
@@ -175,12 +175,12 @@ def why_uncaptured(recipe: Recipe, tuning: Tuning) -> str | None:
 
 
 def execute(
-    function: Callable[..., torch.Tensor], tuning: Tuning, device: torch.device, *, sends: bool = False
+    function: Callable[..., torch.Tensor], tuning: Tuning, device: torch.device, *, sums: bool = True
 ) -> Callable[..., torch.Tensor]:
     """`function` under the tuning's autocast, compiled as one graph of constant shapes where the tuning compiles.
 
-    sends: what ranks exchange in its backward pass are no sums (`sharded`). A graph break is an error (fullgraph):
-    nothing runs silently slower than its record says.
+    sums: whether ranks add gradients up in its backward pass. A graph break is an error (fullgraph): nothing runs
+    silently slower than its record says.
     """
     dtype = DTYPES[tuning.precision]
 
@@ -191,10 +191,10 @@ def execute(
     if not tuning.compile:
         return under_autocast
     options = None
-    if parallel.ranks() > 1:
-        from .overlap import SENDING, SUMS  # here, since it takes the compiler's modules
+    if parallel.ranks() > 1 and sums:
+        from .overlap import OVERLAP  # here, since it takes the compiler's modules
 
-        options = SENDING if sends else SUMS
+        options = OVERLAP
     return torch.compile(under_autocast, fullgraph=True, dynamic=False, options=options)
 
 
@@ -243,7 +243,7 @@ def _plain_step(
         return F.mse_loss(rebuilt.float(), images.float())
 
     objective = classification_loss if workload.objective == "classify" else reconstruction_loss
-    loss_of = execute(objective, tuning, device, sends=player.sharded is not None)
+    loss_of = execute(objective, tuning, device, sums=player.sharded is None)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = loss_of(images, labels)
@@ -287,8 +287,8 @@ def _adversarial_step(
         frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
         return bce(torch.func.functional_call(discriminator, frozen, (fake,)), 1.0)
 
-    generate = execute(generated, tuning, device, sends=generator_player.sharded is not None)
-    discriminator_loss_of = execute(discriminator_loss, tuning, device, sends=discriminator_player.sharded is not None)
+    generate = execute(generated, tuning, device, sums=generator_player.sharded is None)
+    discriminator_loss_of = execute(discriminator_loss, tuning, device, sums=discriminator_player.sharded is None)
     generator_loss_of = execute(generator_loss, tuning, device)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
