@@ -5,7 +5,7 @@ weight: its kernel reads all ranks' gradients of that where they lie, adds them 
 weights of all. So there is one optimizer state of each weight, and not one on each GPU, and what a rank reads and
 writes is about as much as in a whole update of its own, of which a part goes over the links.
 
-What is small is not worth sharing out: each rank reads all those gradients, and adds them up itself.
+What is small is not worth sharing out: each rank reads all those gradients, and updates all those weights.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
-from .parallel import flat_gradient, in_memory, shaped
+from .parallel import in_memory, shaped
 from .reach import Room
 
 ALIGNMENT = 256  # bytes, to which all that lies in a `Room` is rounded up
@@ -32,21 +32,18 @@ class Portion:
 
 
 class Sharded:
-    """Shares `weights` out: those in bf16 by parts, the others not. Every rank does the same at the same time.
+    """Shares `weights` in bf16 out, and `count` values of others not. Every rank does the same at the same time.
 
-    The weights in bf16 move to memory that all ranks reach. portions: one for each of them.
+    The weights move to memory that all ranks reach. portions: one for each of them. compile: what lays gradients out.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
-        self._large = [weight for weight in weights if weight.dtype is torch.bfloat16]
-        self._small = [weight for weight in weights if weight.dtype is not torch.bfloat16]
+    def __init__(self, weights: Sequence[nn.Parameter], count: int, compile: bool) -> None:
         ranks, me = range(parallel.ranks()), parallel.rank()
         others = [(me + number) % len(ranks) for number in range(1, len(ranks))]  # not all of them one rank first
-        sizes = [_rounded_up(weight.nbytes, len(ranks) * ALIGNMENT) for weight in self._large]
-        count = sum(weight.numel() for weight in self._small)
+        sizes = [_rounded_up(weight.nbytes, len(ranks) * ALIGNMENT) for weight in weights]
         self._room = Room(2 * sum(sizes) + 4 * count)
         self.portions, start = [], 0
-        for weight, size in zip(self._large, sizes, strict=True):
+        for weight, size in zip(weights, sizes, strict=True):
             kind, whole = weight.dtype, weight.numel()
             length, laid = size // len(ranks), start + size  # bytes of a part; where its gradient is, by parts
             step = length // kind.itemsize
@@ -63,31 +60,36 @@ class Sharded:
                 )
             )
             start += 2 * size
-        self._small_gradients = [self._room.view(rank, start, count, torch.float32) for rank in ranks]
+        self._small = [self._room.view(rank, start, count, torch.float32) for rank in ranks]
+        self._lay_out = torch.compile(lay_out, fullgraph=True, dynamic=False) if compile else lay_out
 
-    def take_gradients(self) -> list[list[Tensor]]:
-        """Of each weight in bf16 its portion's gradients, [n], of each rank; small gradients become those of all.
+    def exchange(self, large: list[Tensor], small: list[Tensor]) -> list[list[Tensor]]:
+        """Of this rank's gradients makes those of all: of its part of each weight, [n], and of what is small, [count].
 
-        They are there until `finish`.
+        large: [N] of each weight; small: the pieces of one row. They last until `finish`.
         """
         me = parallel.rank()
-        own = [flat_gradient(weight) for weight in self._large]
         places = [place for portion in self.portions for _, place in portion.offered]
-        offered = [of[part] for of, portion in zip(own, self.portions, strict=True) for part, _ in portion.offered]
-        torch._foreach_copy_(places, offered)
-        torch.cat([flat_gradient(weight) for weight in self._small], out=self._small_gradients[me])
+        offered = [of[part] for of, portion in zip(large, self.portions, strict=True) for part, _ in portion.offered]
+        self._lay_out(places, offered)
+        torch.cat(small, out=self._small[me])
         self._room.meet()
-        total = torch.stack(self._small_gradients).sum(0)
-        for weight, sums in zip(self._small, total.split([weight.numel() for weight in self._small]), strict=True):
-            weight.grad = shaped(sums, weight.shape, in_memory(weight))
         return [
-            [*portion.gradients[:me], of[portion.part], *portion.gradients[me:]]
-            for of, portion in zip(own, self.portions, strict=True)
+            *(
+                [*portion.gradients[:me], of[portion.part], *portion.gradients[me:]]
+                for of, portion in zip(large, self.portions, strict=True)
+            ),
+            self._small,
         ]
 
     def finish(self) -> None:
         """Waits until all ranks have read the gradients and written their parts of the weights."""
         self._room.meet()
+
+
+def lay_out(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for place, of in zip(places, values, strict=True):
+        place.copy_(of)
 
 
 def _rounded_up(size: int, unit: int) -> int:

@@ -131,13 +131,13 @@ def make_optimizer(parameters: list[nn.Parameter], recipe: Recipe, tuning: Tunin
     common: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, alpha=0.9, capturable=tuning.capture, **common)
-    common["fused"] = tuning.fused_optimizer or None
+    fused = tuning.fused_optimizer or None
     if recipe.optimizer == "adam":
-        common |= {"betas": (recipe.momentum, 0.999), "capturable": tuning.capture}
+        common["betas"] = (recipe.momentum, 0.999)
         if any(parameter.dtype is torch.bfloat16 for parameter in parameters):
             return MasterAdam(parameters, tuning.compile, **common)
-        return torch.optim.Adam(parameters, **common)
-    sgd = torch.optim.SGD(parameters, momentum=recipe.momentum, **common)
+        return torch.optim.Adam(parameters, fused=fused, capturable=tuning.capture, **common)
+    sgd = torch.optim.SGD(parameters, fused=fused, momentum=recipe.momentum, **common)
     if tuning.fused_optimizer and recipe.momentum:
         # torch 2.11 leaves the buffers of a fused first step unwritten when the scaler skips that step, as it does with
         # fp16 more often than not, and then goes on from whatever lay there. From zeros the first step is the same.
@@ -174,13 +174,10 @@ def why_uncaptured(recipe: Recipe, tuning: Tuning) -> str | None:
     return None
 
 
-def execute(
-    function: Callable[..., torch.Tensor], tuning: Tuning, device: torch.device, *, sums: bool = True
-) -> Callable[..., torch.Tensor]:
+def execute(function: Callable[..., torch.Tensor], tuning: Tuning, device: torch.device) -> Callable[..., torch.Tensor]:
     """`function` under the tuning's autocast, compiled as one graph of constant shapes where the tuning compiles.
 
-    sums: whether ranks add gradients up in its backward pass. A graph break is an error (fullgraph): nothing runs
-    silently slower than its record says.
+    A graph break is an error (fullgraph): nothing runs silently slower than its record says.
     """
     dtype = DTYPES[tuning.precision]
 
@@ -191,7 +188,7 @@ def execute(
     if not tuning.compile:
         return under_autocast
     options = None
-    if parallel.ranks() > 1 and sums:
+    if parallel.ranks() > 1:
         from .overlap import OVERLAP  # here, since it takes the compiler's modules
 
         options = OVERLAP
@@ -243,7 +240,7 @@ def _plain_step(
         return F.mse_loss(rebuilt.float(), images.float())
 
     objective = classification_loss if workload.objective == "classify" else reconstruction_loss
-    loss_of = execute(objective, tuning, device, sums=player.sharded is None)
+    loss_of = execute(objective, tuning, device)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         loss = loss_of(images, labels)
@@ -287,8 +284,8 @@ def _adversarial_step(
         frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
         return bce(torch.func.functional_call(discriminator, frozen, (fake,)), 1.0)
 
-    generate = execute(generated, tuning, device, sums=generator_player.sharded is None)
-    discriminator_loss_of = execute(discriminator_loss, tuning, device, sums=discriminator_player.sharded is None)
+    generate = execute(generated, tuning, device)
+    discriminator_loss_of = execute(discriminator_loss, tuning, device)
     generator_loss_of = execute(generator_loss, tuning, device)
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
