@@ -58,31 +58,26 @@ class MasterAdam(torch.optim.Optimizer):
         assert len(self._halves) + len(self._small) == len(weights)
         row, self._gaps = in_a_row(self._small, weights[0].device)
         if parallel.updates_are_shared():
-            self.sharded: Sharded | None = Sharded(self._halves, len(row), compile)
+            self.sharded: Sharded | None = Sharded(self._halves, row, compile)
             self._places = [portion.weights for portion in self.sharded.portions]
         else:
             self.sharded = None
-            self._places = [[flat(weight.data, in_memory(weight))] for weight in self._halves]
+            self._places = [*([flat(weight.data, in_memory(weight))] for weight in self._halves), [row]]
         # 1 - betaᵗ after t steps: the same for all
         corrections = {name: torch.zeros((), device=row.device) for name in ("correction", "correction_sq")}
-        for weight, (mine, *_) in zip((*self._halves, row), (*self._places, [row]), strict=True):
+        for weight, (mine, *_) in zip((*self._halves, row), self._places, strict=True):
             averages = {name: torch.zeros_like(mine, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
-            self.state[weight] = averages | corrections
-        for weight, (mine, *_) in zip(self._halves, self._places, strict=True):
-            self.state[weight]["rest"] = torch.zeros_like(mine, dtype=torch.int16)
-        self._places.append([row])
+            rest = {"rest": torch.zeros_like(mine, dtype=torch.int16)} if weight is not row else {}
+            self.state[weight] = averages | rest | corrections
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         (group,) = self.param_groups
         (*_, (row,)) = self._places
         rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=row.device)
-        large = [flat_gradient(weight) for weight in self._halves]
-        small = _with_gaps(map(flat_gradient, self._small), self._gaps)
-        if self.sharded is not None:
-            gradients = self.sharded.exchange(large, small)
-        else:
-            gradients = [[gradient] for gradient in (*large, torch.cat(small))]
+        own = [flat_gradient(weight) for weight in self._halves]
+        own.append(torch.cat(_with_gaps(map(flat_gradient, self._small), self._gaps)))
+        gradients = [[gradient] for gradient in own] if self.sharded is None else self.sharded.exchange(own)
         states = [self.state[weight] for weight in (*self._halves, row)]
         self._update(self._places, gradients, states, rate, group["betas"], group["eps"], group["weight_decay"])
         if self.sharded is not None:

@@ -188,7 +188,7 @@ def cifar10_cnn() -> Workload:
 def cifar100_cnn() -> Workload:
     """CIFAR-100, fine labels, to 56 %. Source: RMSprop 1e-4, batch 64, 200 epochs; 30 s an epoch on a T4."""
     recipe = Recipe(
-        batch_size=1024, epochs=20, optimizer="adam", learning_rate=1.5e-3, momentum=0.9, schedule="one-cycle"
+        batch_size=1024, epochs=20, optimizer="adam", learning_rate=1e-3, momentum=0.9, schedule="one-cycle"
     )
     return Workload(
         name="cifar100-cnn",

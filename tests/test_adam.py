@@ -63,6 +63,21 @@ def test_masters_are_what_torch_makes_of_the_weights(
             torch.testing.assert_close(weight.data, expected.data, rtol=1e-5, atol=1e-6)
 
 
+def test_small_weights_lie_in_one_row_each_where_kernels_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adam, "LARGE", 32 * 24)
+    model = network()
+    keep_large_in(torch.bfloat16, model.parameters())
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    MasterAdam(list(model.parameters()), compile=False, lr=1e-3)
+    small = [weight for weight in model.parameters() if weight.dtype is torch.float32]
+    assert [weight.numel() for weight in small] == [32, 80, 2]
+    assert len({weight.untyped_storage().data_ptr() for weight in small}) == 1
+    assert [4 * weight.storage_offset() for weight in small] == [0, 256, 768]
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name])
+        assert weight.stride() == before[name].stride()
+
+
 def test_steps_too_small_for_16_bits_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Next to 1 the least step in bf16 is 2⁻⁸; twenty of a thousandth are more than that."""
     monkeypatch.setattr(adam, "LARGE", 4)
