@@ -35,8 +35,9 @@ def keep_large_in(half: torch.dtype, weights: Iterable[nn.Parameter]) -> None:
 class MasterAdam(torch.optim.Optimizer):
     """Adam (Kingma & Ba 2015) of parameters of which some are in bf16, which have fp32 masters, and some in fp32.
 
-    Those in fp32 move into one row. A master starts as its weight is, also where the state is set to zeros. The rate of
-    the one group may be a number or, under capture, on the device. compile: the update.
+    Those in fp32 move into one row, and out of that of any earlier optimizer. A master starts as its weight is, also
+    where the state is set to zeros. The rate of the one group may be a number or, under capture, on the device.
+    compile: the update.
 
     Ranks that reach each other's memory share the update out: weights in bf16 move there, and gradients, which are to
     be each rank's own, are added up here.

@@ -88,7 +88,7 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Waits until every rank has come here: nobody's memory goes while another may still read it."""
+    """Waits until every rank has come here: nobody's memory goes while another may still use it."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -134,8 +134,11 @@ class _AddingUp(torch.autograd.Function):
 
 
 def in_memory(tensor: Tensor) -> list[int]:
-    """The dimensions of a tensor, from the one with the longest stride to that with the shortest."""
-    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    """The dimensions of a tensor, from the one with the longest stride to that with the shortest.
+
+    Of those with the same stride, of which all but one have one element, the longest comes first.
+    """
+    return sorted(range(tensor.ndim), key=lambda axis: (tensor.stride(axis), tensor.shape[axis]), reverse=True)
 
 
 def flat(values: Tensor, order: Sequence[int]) -> Tensor:

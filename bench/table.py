@@ -471,18 +471,27 @@ def tables_page(records: Iterable[Record]) -> str:
 def readme_table(records: Iterable[Record]) -> str:
     """The README's table: for each machine its full suite, else the quick one; tuned beside eager, end to end.
 
-    Of several recipes of a workload it shows the one that was measured last.
+    Of several recipes of a workload it shows the one that was measured last. Of machines that have the same GPU it
+    tells the names.
     """
     all_rows = summarise(records)
     blocks: list[str] = []
     end_to_end = [row for row in all_rows if row.mode == "e2e" and row.tuning in ("tuned", "eager")]
-    for section in _sections(_newest_recipes(end_to_end)):
+    sections = _sections(_newest_recipes(end_to_end))
+    devices = {section.machine: _device(section) for section in sections}
+    for section in sections:
         suites = {row.suite for row in all_rows if row.machine == section.machine}
         if section.suite != ("full" if "full" in suites else "quick"):
             continue
-        title = f"{section.rows[0].gpu or section.rows[0].cpu or section.machine or MISSING}: {section.title}"
-        blocks += [f"**{escape(title)}**", _readme_section(section)]
+        name = devices[section.machine]
+        if [*devices.values()].count(name) > 1:
+            name += f" ({section.machine})"
+        blocks += [f"**{escape(f'{name}: {section.title}')}**", _readme_section(section)]
     return "\n\n".join(blocks) or EMPTY
+
+
+def _device(section: Section) -> str:
+    return section.rows[0].gpu or section.rows[0].cpu or section.machine or MISSING
 
 
 def _newest_recipes(rows: Sequence[Row]) -> list[Row]:

@@ -200,7 +200,7 @@ def cifar100_cnn() -> Workload:
         target=56.0,
         recipe=recipe,
         source=Recipe(batch_size=64, epochs=200, optimizer="rmsprop", learning_rate=1e-4),
-        quick=replace(recipe, batch_size=64, epochs=2, learning_rate=1e-3, train_images=1_600, eval_images=500),
+        quick=replace(recipe, batch_size=64, epochs=2, train_images=1_600, eval_images=500),
         eval_batch_size=500,
     )
 

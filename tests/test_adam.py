@@ -13,8 +13,8 @@ from netdyno.bench.parallel import in_memory
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    conv = nn.Conv2d(32, 24, 3, bias=False).to(memory_format=torch.channels_last)
-    return nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 40, bias=False), nn.Linear(40, 2), conv)
+    convs = [nn.Conv2d(inputs, 24, 3, bias=False).to(memory_format=torch.channels_last) for inputs in (32, 3)]
+    return nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 40, bias=False), nn.Linear(40, 2), *convs)
 
 
 def lying(weight: nn.Parameter) -> torch.Tensor:
@@ -25,9 +25,10 @@ def lying(weight: nn.Parameter) -> torch.Tensor:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Steps by the same gradients in either form, which are 16-bit numbers where a weight is large.
 
-    They do not lie as a convolution's weights do.
+    They do not lie as a convolution's weights do. In none of the draws a gradient and its weight's decay cancel so far
+    that the first step, which is as long whatever its gradient, goes by what rounding leaves of them.
     """
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator().manual_seed(2)
     for step in range(steps):
         for weight in model.parameters():
             gradient = torch.randn(weight.shape, generator=draw)
@@ -47,7 +48,8 @@ def test_masters_are_what_torch_makes_of_the_weights(
     monkeypatch.setattr(adam, "LARGE", 32 * 24)
     model = network()
     keep_large_in(torch.bfloat16, model.parameters())
-    assert [weight.dtype is torch.bfloat16 for weight in model.parameters()] == [True, False, True, False, False, True]
+    large = [weight.numel() for weight in model.parameters() if weight.dtype is torch.bfloat16]
+    assert large == [24 * 32, 32 * 40, 32 * 24 * 9]
     options = {"lr": 1e-2, "betas": (0.5, 0.999), "weight_decay": decay}
     reference = copy.deepcopy(model).float()
     plain = torch.optim.Adam(reference.parameters(), **options)
@@ -70,9 +72,9 @@ def test_small_weights_lie_in_one_row_each_where_kernels_load(monkeypatch: pytes
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     MasterAdam(list(model.parameters()), compile=False, lr=1e-3)
     small = [weight for weight in model.parameters() if weight.dtype is torch.float32]
-    assert [weight.numel() for weight in small] == [32, 80, 2]
+    assert [weight.numel() for weight in small] == [32, 80, 2, 648]
     assert len({weight.untyped_storage().data_ptr() for weight in small}) == 1
-    assert [4 * weight.storage_offset() for weight in small] == [0, 256, 768]
+    assert [4 * weight.storage_offset() for weight in small] == [0, 256, 768, 1024]
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name])
         assert weight.stride() == before[name].stride()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_records import CPU, DRAWN, EAGER, accuracy, make, records, seen
+from made_up_records import CPU, DRAWN, EAGER, GPU, accuracy, make, records, seen
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -178,6 +178,16 @@ def test_the_readme_shows_the_full_suite_of_a_machine_where_there_is_one() -> No
     elsewhere = make(3, suite="quick", images_per_s=333.0, machine=CPU)
     assert "333" in table.readme_table([quick, full, elsewhere])
     assert "444" not in table.readme_table([make(4, images_per_s=444.0, mode="compute")])
+
+
+def test_the_readme_tells_machines_with_the_same_gpu_apart() -> None:
+    other = {**GPU, "slug": "nvidia-h200-32c", "cores": 32}
+    assert "**NVIDIA H200: suite" in table.readme_table([make(1), make(2, machine=CPU)])
+    both = table.readme_table([make(1), make(2, machine=other)])
+    assert [line.split(": ")[0] for line in both.splitlines() if line.startswith("**")] == [
+        "**NVIDIA H200 (nvidia-h200)",
+        "**NVIDIA H200 (nvidia-h200-32c)",
+    ]
 
 
 def test_the_readme_shows_the_newest_recipe() -> None:
