@@ -18,7 +18,7 @@ from . import parallel
 from .parallel import in_memory, shaped
 from .reach import Room
 
-ALIGNMENT = 256  # bytes, to which all that lies in a `Room` is rounded up
+ALIGNMENT = 256  # bytes, to which parts of a weight and weights in a row are rounded up: kernels load 16 at a time
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Portion:
 
 
 class Sharded:
-    """Shares out `weights` in bf16, each by parts, and a `row` of others, fp32, which each rank updates as a whole.
+    """Shares out `weights` in bf16, each by parts; a `row` of others, in fp32, each rank updates as a whole.
 
     Every rank does the same at the same time. The weights move to memory that all reach. portions: one of each weight,
     then that of the row. compile: what gives gradients away.
@@ -84,6 +84,7 @@ class Sharded:
 
 
 def give(given: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copies into the first of each pair, [n], what the second holds."""
     for place, values in given:
         place.copy_(values)
 
