@@ -57,7 +57,7 @@ class MasterAdam(torch.optim.Optimizer):
         assert len(self._halves) + len(self._small) == len(weights)
         row, self._gaps = in_a_row(self._small, weights[0].device)
         if parallel.updates_are_shared():
-            self.sharded: Sharded | None = Sharded(self._halves, row, compile)
+            self.sharded: Sharded | None = Sharded(self._halves, row)
             self._places = [portion.weights for portion in self.sharded.portions]
         else:
             self.sharded = None

@@ -35,10 +35,10 @@ class Sharded:
     """Shares out `weights` in bf16, each by parts; a `row` of others, in fp32, each rank updates as a whole.
 
     Every rank does the same at the same time. The weights move to memory that all reach. portions: one of each weight,
-    then that of the row. compile: what gives gradients away.
+    then that of the row.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], row: Tensor, compile: bool) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], row: Tensor) -> None:
         ranks, me = range(parallel.ranks()), parallel.rank()
         others = [(me + number) % len(ranks) for number in range(1, len(ranks))]  # not all of them one rank first
         sizes = [_rounded_up(weight.nbytes, len(ranks) * ALIGNMENT) for weight in weights]
@@ -65,12 +65,11 @@ class Sharded:
         gradients = [self._room.view(me, of_rank[rank], len(row), row.dtype) for rank in ranks if rank != me]
         given = [(slice(len(row)), self._room.view(to, of_rank[me], len(row), row.dtype)) for to in others]
         self.portions.append(Portion(slice(len(row)), [row], gradients, given))
-        self._give = torch.compile(give, fullgraph=True, dynamic=False) if compile else give
 
     def exchange(self, gradients: Sequence[Tensor]) -> list[list[Tensor]]:
         """Of this rank's gradients, [N], makes each rank's of its portions, [n], which last until `finish`."""
         given = [(place, of[part]) for of, it in zip(gradients, self.portions, strict=True) for part, place in it.given]
-        self._give(given)
+        torch._foreach_copy_([place for place, _ in given], [values for _, values in given])  # one kernel on a GPU
         self._room.meet()
         me = parallel.rank()
         return [
@@ -81,12 +80,6 @@ class Sharded:
     def finish(self) -> None:
         """Waits until all ranks have written their parts of the weights and need the gradients no more."""
         self._room.meet()
-
-
-def give(given: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copies into the first of each pair, [n], what the second holds."""
-    for place, values in given:
-        place.copy_(values)
 
 
 def _rounded_up(size: int, unit: int) -> int:

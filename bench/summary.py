@@ -120,17 +120,17 @@ def summarise(records: Iterable[Record]) -> list[Row]:
     groups: dict[str, list[Record]] = {}
     for record in ordered:
         if _status(record) == "ok":
-            groups.setdefault(_comparable(record) + str(_text(record, "code")), []).append(record)
+            groups.setdefault(comparable(record) + str(_text(record, "code")), []).append(record)
         elif not any(_supersedes(success, record) for success in successes.get(_case(record), [])):
-            failure = _comparable(record) + _status(record) + str(_text(record, "reason"))
+            failure = comparable(record) + _status(record) + str(_text(record, "reason"))
             groups.setdefault(failure, []).append(record)
     by_age = sorted(groups.values(), key=lambda group: _when(group[-1]))
-    rows = [(_comparable(group[-1]), _row(group)) for group in by_age]
+    rows = [(comparable(group[-1]), _row(group)) for group in by_age]
     newest: dict[str, Row] = {}
-    for comparable, row in rows:
+    for work, row in rows:
         if row.ok:
-            before = newest.pop(comparable, None)  # so that they stay in order of age
-            newest[comparable] = replace(row, older_paths=(*before.older_paths, *before.paths)) if before else row
+            before = newest.pop(work, None)  # so that they stay in order of age
+            newest[work] = replace(row, older_paths=(*before.older_paths, *before.paths)) if before else row
     shown = [*newest.values(), *(row for _, row in rows if not row.ok)]
     eager: dict[tuple, list[Row]] = {}
     for row in shown:
@@ -187,7 +187,7 @@ def _row(group: Sequence[Record]) -> Row:
     recipe = _mapping(newest, "case", "recipe")
     cards = _unique(card for record in measured for card in texts(record, "gpu", "fingerprints"))
     spread = len(cards) > (_number(newest, "case", "gpus") or 1)
-    several = [f"its runs were on {len(cards)} different cards"] if spread else []
+    several = ["not all runs on the same card"] if spread else []
     return Row(
         machine=_text(newest, "machine", "slug"),
         gpu=_text(newest, "machine", "gpu"),
@@ -270,8 +270,8 @@ def doubts(record: Record) -> list[Doubt]:
         found.append(Doubt("shared", others, f"beside {others:,.0f} other process{plural} on the card"))
     beside = at(record, "gpu", "beside")
     if isinstance(beside, list) and beside:
-        plural = "" if len(beside) == 1 else "s"
-        found.append(Doubt("beside", len(beside), f"beside {len(beside):,} case{plural} on other cards"))
+        words = "another case" if len(beside) == 1 else f"{len(beside):,} other cases"
+        found.append(Doubt("beside", len(beside), f"beside {words} on other cards"))
     if _number(record, "gpu", "readings") == 0:
         found.append(Doubt("unread", 1, "too short for a reading of the card's clocks"))
     shares = _mapping(record, "gpu", "throttle_share")
@@ -458,7 +458,8 @@ def _case(record: Record) -> str:
     return _key(at(record, "machine", "slug"), *(at(record, "case", name) for name in names))
 
 
-def _comparable(record: Record) -> str:
+def comparable(record: Record) -> str:
+    """The same for records of the same work on the same machine, whatever their code and seed."""
     names = ("workload", "division", "tuning", "mode", "suite", "seeds", "gpus", "scaling", "recipe")
     case = (at(record, "case", name) for name in names)
     return _key(at(record, "machine", "slug"), *case, _data(record), at(record, "timing", "timing_version"))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MISSING = "–"
 EMPTY = "No records yet: `netdyno run --suite quick` makes the first."
-SPREAD = "± is half the interval of the median: 95 % from six records on, the range of three to five."
+SPREAD = "± is half the interval of the median: 95 % from six records on, the range of three to five; none of fewer."
 MAX_EPOCHS_SHOWN = 5
 KINDS = {False: "real data", True: "synthetic data", None: "data not known"}
 
@@ -144,7 +144,9 @@ def _columns(section: Section, notes: Notes) -> dict[str, Column]:
     }
     scaling = {
         "scaling": Column(
-            header="of one GPU × n", right=True, cell=lambda row: _share(row.scaling_efficiency, row, "one GPU", notes)
+            header="scaling efficiency",
+            right=True,
+            cell=lambda row: _share(row.scaling_efficiency, row, "one GPU", notes),
         )
     }
     host = {
@@ -385,19 +387,20 @@ def to_csv(records: Iterable[Record]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Screen:
-    """A section for a terminal: fits 120 columns; below 100 names fold and compile time, target and spread go."""
+    """A section for a terminal: fits 120 columns; below, names fold and compile time, target and spread go."""
 
     section: Section
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         notes = Notes()
-        wide = options.max_width >= 100
+        wide = options.max_width >= WIDE
         yield Text(f"{self.section.machine or MISSING}: {self.section.title}", style="bold")
         table = Table(box=SIMPLE_HEAD, padding=(0, 1 if wide else 0, 0, 0), pad_edge=False)
         columns = _terminal_columns(self.section, notes, wide)
         cells = [[column.cell(row) for column in columns] for row in self.section.rows]
         for column, *texts in zip(columns, *cells, strict=True):
-            names = column.header == "workload" and not wide  # they fold between words
+            long = not wide or max(map(cell_len, texts)) > LONGEST_NAME
+            names = column.header == "workload" and long  # they fold between words
             longest_word = max(cell_len(word) for text in [column.header, *texts] for word in text.split())
             folds = names or column.header in FOLDING
             table.add_column(
@@ -419,6 +422,8 @@ class Screen:
 
 
 FOLDING = ("metric by epoch", "target")
+WIDE = 120
+LONGEST_NAME = 24  # of a workload that a wide terminal shows on one line
 
 
 def _terminal_columns(section: Section, notes: Notes, wide: bool) -> list[Column]:
@@ -428,7 +433,10 @@ def _terminal_columns(section: Section, notes: Notes, wide: bool) -> list[Column
         names.append("mode")
     columns = [full[name] for name in names]
     columns.append(Column(header="images/s", right=True, cell=lambda row: _images(row, notes, spread=wide)))
-    columns.append(replace(full["speedup"], header="over\neager"))
+    if "scaling" not in full or any(row.speedup_over_eager is not None for row in section.rows):
+        columns.append(replace(full["speedup"], header="over\neager"))
+    if "scaling" in full:
+        columns.append(replace(full["scaling"], header="scaling"))
     if not section.on_gpu:
         columns.append(replace(full["host"], header="MiB\nRSS"))
     elif any(row.nvml_process_peak_mib is not None for row in section.rows):
@@ -513,12 +521,13 @@ def _readme_section(section: Section) -> str:
         Column(header="tuned, images/s", cell=columns["images"].cell, right=True),
         Column(header="eager, images/s", cell=columns["images"].cell, right=True),
         Column(header="speed-up", cell=columns["speedup"].cell, right=True),
+        *([columns["scaling"]] if "scaling" in columns else []),
         Column(header="metric", cell=lambda row: _outcome(row, notes)),
     ]
     body = []
     for tuned, eager in _pairs(section.rows):
         shown = tuned or eager
-        sources = (shown, shown, tuned, eager, tuned, shown)
+        sources = (shown, shown, tuned, eager, *[tuned] * (len(shape) - 5), shown)
         body.append([column.cell(row) if row else MISSING for column, row in zip(shape, sources, strict=True)])
     return "\n".join([_aligned(shape, body), *_markdown_notes(notes, section)])
 

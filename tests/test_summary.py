@@ -85,7 +85,10 @@ def test_the_counter_comes_before_sampled_power() -> None:
         ),
         ({"gpu": seen(1.0, other_processes=2)}, ["beside 2 other processes on the card"]),
         ({"gpu": seen(1.0, beside=[])}, []),
-        ({"gpu": seen(1.0, beside=["dcgan on card 1", "mnist-cnn on card 1"])}, ["beside 2 cases on other cards"]),
+        (
+            {"gpu": seen(1.0, beside=["dcgan on card 1", "mnist-cnn on card 1"])},
+            ["beside 2 other cases on other cards"],
+        ),
         ({"gpu": seen(1.0, sm_clock_mhz_min=1881.0)}, []),
         ({"gpu": seen(1.0, sm_clock_mhz_min=1880.0)}, ["SM clock between 1,880 and 1,980 MHz"]),
         ({"gpu": {"sm_clock_mhz_mean": 900.0}}, []),  # an older record
@@ -179,7 +182,7 @@ def test_a_row_says_what_it_is_compared_with_that_ran_on_another_card() -> None:
     assert tuned.across_cards == ()
     tuned, *_ = summarise([make(1, **on("a")), make(4, **on("b")), *rest])
     assert (tuned.fingerprints, tuned.across_cards) == (("a", "b"), ())
-    assert tuned.doubts == ("its runs were on 2 different cards",)
+    assert tuned.doubts == ("not all runs on the same card",)
     for cards, across in (("a", "b"), ()), (("c", "d"), ("one GPU",)):
         _, row = summarise([make(1, **on("a")), make(4, **two, **on(*cards))])
         assert (row.gpus, row.across_cards, row.doubts) == (2, across, ())

@@ -250,6 +250,19 @@ def test_what_ran_on_another_card_stands_beside_the_comparison() -> None:
     assert "- ¹ one GPU on another card" in table.to_markdown([make(1, **a), make(2, **two, **b)])
 
 
+def test_scaling_efficiency_is_in_every_table() -> None:
+    long = {"workload": "conv-autoencoder"}
+    recipe = {"batch_size": 256, "epochs": 2, "lr": 0.01}
+    two = make(2, images_per_s=1_800.0, gpus=2, scaling="weak", recipe=recipe, **long)
+    both = [make(1, images_per_s=1_000.0, recipe=recipe | {"batch_size": 128}, **long), two]
+    screens = [on_screen(both, width) for width in (80, 100, 120)]
+    for text in (table.to_markdown(both), table.readme_table(both), *screens):
+        assert text.count("90.0 %") == 1
+    assert all(max(map(len, text.splitlines())) <= width for text, width in zip(screens, (80, 100, 120), strict=True))
+    assert "…" not in "".join(screens)  # no cell is cut off
+    assert "scaling" not in table.to_markdown(both[:1]) + on_screen(both[:1], 120)
+
+
 def test_the_source_of_an_energy_that_no_counter_gave_stands_beside_it() -> None:
     for source, mark in (("counter", ""), ("sampled", "¹")):
         text = table.to_markdown([make(1, images_per_s=1000.0, gpu=seen(1900.0, source))])
