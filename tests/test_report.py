@@ -142,6 +142,16 @@ def test_speed() -> None:
     assert chart.kind == "dots"  # a GPU and a CPU lie far apart
     assert chart.notes == ["Not the same in all: batch size 128 against 64; torch 2.11.0 against 2.15.0."]
     assert points(charts(shown)["dcgan, official data"])["Tesla T4 · eager · oom"] is None
+    assert "scaling efficiency" not in table.columns
+
+
+def test_the_speed_of_several_gpus_has_its_scaling_efficiency() -> None:
+    alone = one()
+    recipe = alone["case"]["recipe"] | {"batch_size": 2 * alone["case"]["recipe"]["batch_size"]}
+    case = alone["case"] | {"gpus": 2, "scaling": "weak", "recipe": recipe}
+    both = one(id="20261124T000000Z-1", case=case, throughput={"images_per_s": 18_000.0})
+    table = tables(view(page_of([alone, both]), "speed"))[0]
+    assert [line[table.columns.index("scaling efficiency")] for line in table.rows] == [("–", None), ("75.0 %", 75.0)]
 
 
 def test_time_to_target() -> None:

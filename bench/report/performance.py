@@ -19,6 +19,7 @@ MOST_EPOCHS = 200  # points of one curve
 MEDIANS = (
     "Medians of fresh processes. Intervals are of the median: 95 % from six records on, the range of three to five."
 )
+SELDOM = ("low", "high", "scaling efficiency")  # columns that are left out where nothing is in them
 TIMING = "Timing versions are rules of measuring, and the newest holds: never compare rows of two of them."
 
 
@@ -175,6 +176,7 @@ def speed(book: Book, panels: Sequence[Panel]) -> list[Block]:
                     number(row.images_per_s_low),
                     number(row.images_per_s_high),
                     number(row.speedup_over_eager, "×"),
+                    number(None if row.scaling_efficiency is None else 100 * row.scaling_efficiency, "%"),
                     number(row.eval_images_per_s),
                     (str(row.n), row.n),
                     "; ".join(entry.caveats) if entry.ok else row.reason or "",
@@ -193,13 +195,11 @@ def speed(book: Book, panels: Sequence[Panel]) -> list[Block]:
         charts += by_machine(book, points, title=panel.title, value_label="images/s", notes=book.remarks(panel))
     columns = [
         *("workload", "machine", "tuning", "precision", "batch", "images/s", "low", "high", "over eager"),
-        *("evaluation, images/s", "n", "remark"),
+        *("scaling efficiency", "evaluation, images/s", "n", "remark"),
     ]
-    if not any_number(
-        [entry.row.images_per_s_low for panel in panels for entry in panel.entries]
-    ):  # nothing was measured often enough for an interval
-        kept = [place for place, name in enumerate(columns) if name not in ("low", "high")]
-        columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
+    filled = [any(row[place] != number(None) for row in rows) for place in range(len(columns))]
+    kept = [place for place, name in enumerate(columns) if filled[place] or name not in SELDOM]
+    columns, rows = [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
     table = Table(title="Training speed", columns=columns, rows=rows, notes=_general(book), flags=flags)
     return [table, *charts] if rows else []
 
