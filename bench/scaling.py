@@ -134,8 +134,8 @@ def measured_table(records: Iterable[Mapping[str, Any]]) -> str:
 def page_table(records: Iterable[Mapping[str, Any]]) -> str:
     """Of each workload's newest tuned case under weak scaling: what was measured, and what is projected from it.
 
-    Of several runs of it by the same code on the same machine, the one with the median of their exposed times, or the
-    lower of two.
+    End to end, where it was. Of several runs of it by the same code on the same machine, the one with the median of
+    their exposed times; of an even number the lower.
     """
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -147,18 +147,19 @@ def page_table(records: Iterable[Mapping[str, Any]]) -> str:
         return "There is no record of several GPUs yet."
     headers = ["workload", "", "GPUs", "network", "step, µs", "exposed, µs", "step without sums", "all-reduce"]
     lines = []
-    for workload, group in sorted(runs.items()):
+    for workload, found in sorted(runs.items()):
+        group = [record for record in found if record["case"]["mode"] == "e2e"] or found
         alike = [record["communication"] for record in group if _alike(record) == _alike(group[-1])]
-        found = sorted(alike, key=lambda one: one["exposed_s"])[(len(alike) - 1) // 2]
+        median = sorted(alike, key=lambda one: one["exposed_s"])[(len(alike) - 1) // 2]
         gpus = group[-1]["case"]["gpus"]
-        share = found["apart_step_s"] / found["step_s"]
-        times = [figure(1e6 * found[name]) for name in ("step_s", "exposed_s")]
+        share = median["apart_step_s"] / median["step_s"]
+        times = [figure(1e6 * median[name]) for name in ("step_s", "exposed_s")]
         lines.append([workload, "measured", str(gpus), MISSING, *times, f"{100 * share:.1f} %", MISSING])
         for count in PROJECTED:
             for links in NETWORKS if count > GPUS_A_HOST else NETWORKS[:1]:
-                one = project(found, gpus, count, links)
+                one = project(median, gpus, count, links)
                 network = links.name if count > GPUS_A_HOST else MISSING
-                times = [figure(1e6 * seconds) for seconds in (one.step_s, one.step_s - found["apart_step_s"])]
+                times = [figure(1e6 * seconds) for seconds in (one.step_s, one.step_s - median["apart_step_s"])]
                 efficiency = f"{100 * one.efficiency:.1f} %"
                 lines.append([workload, "projected", str(count), network, *times, efficiency, one.way])
     return aligned(headers, [False, False, True, False, True, True, True, False], lines)

@@ -11,7 +11,6 @@ What is small is not worth sharing out: all those gradients go to all ranks, eac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from . import parallel
@@ -68,8 +67,9 @@ class Sharded:
 
     def exchange(self, gradients: Sequence[Tensor]) -> list[list[Tensor]]:
         """Of this rank's gradients, [N], makes each rank's of its portions, [n], which last until `finish`."""
-        given = [(place, of[part]) for of, it in zip(gradients, self.portions, strict=True) for part, place in it.given]
-        torch._foreach_copy_([place for place, _ in given], [values for _, values in given])  # one kernel on a GPU
+        for gradient, portion in zip(gradients, self.portions, strict=True):
+            for part, place in portion.given:
+                place.copy_(gradient[part])
         self._room.meet()
         me = parallel.rank()
         return [

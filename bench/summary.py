@@ -186,8 +186,8 @@ def _row(group: Sequence[Record]) -> Row:
     to_target = statistics.median(math.inf if time is None else time for time in times) if times else math.inf
     recipe = _mapping(newest, "case", "recipe")
     cards = _unique(card for record in measured for card in texts(record, "gpu", "fingerprints"))
-    spread = len(cards) > (_number(newest, "case", "gpus") or 1)
-    several = ["not all runs on the same card"] if spread else []
+    used = _number(newest, "case", "gpus") or 1
+    several = ["not all runs on the same card" + ("s" if used > 1 else "")] if len(cards) > used else []
     return Row(
         machine=_text(newest, "machine", "slug"),
         gpu=_text(newest, "machine", "gpu"),
@@ -270,8 +270,8 @@ def doubts(record: Record) -> list[Doubt]:
         found.append(Doubt("shared", others, f"beside {others:,.0f} other process{plural} on the card"))
     beside = at(record, "gpu", "beside")
     if isinstance(beside, list) and beside:
-        words = "another case" if len(beside) == 1 else f"{len(beside):,} other cases"
-        found.append(Doubt("beside", len(beside), f"beside {words} on other cards"))
+        words = "a case on another card" if len(beside) == 1 else f"{len(beside):,} cases on other cards"
+        found.append(Doubt("beside", len(beside), f"beside {words}"))
     if _number(record, "gpu", "readings") == 0:
         found.append(Doubt("unread", 1, "too short for a reading of the card's clocks"))
     shares = _mapping(record, "gpu", "throttle_share")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MISSING = "–"
 EMPTY = "No records yet: `netdyno run --suite quick` makes the first."
-SPREAD = "± is half the interval of the median: 95 % from six records on, the range of three to five; none of fewer."
+SPREAD = "± is half the interval of the median: 95 % from six records on, the range of three to five, none of fewer."
 MAX_EPOCHS_SHOWN = 5
 KINDS = {False: "real data", True: "synthetic data", None: "data not known"}
 
@@ -387,7 +387,10 @@ def to_csv(records: Iterable[Record]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Screen:
-    """A section for a terminal: fits 120 columns; below, names fold and compile time, target and spread go."""
+    """A section for a terminal: fits 120 columns. Long names fold.
+
+    In fewer columns all names do, and compile time, target and spread go.
+    """
 
     section: Section
 
@@ -400,7 +403,7 @@ class Screen:
         cells = [[column.cell(row) for column in columns] for row in self.section.rows]
         for column, *texts in zip(columns, *cells, strict=True):
             long = not wide or max(map(cell_len, texts)) > LONGEST_NAME
-            names = column.header == "workload" and long  # they fold between words
+            names = column.header == "workload" and long  # which fold between words
             longest_word = max(cell_len(word) for text in [column.header, *texts] for word in text.split())
             folds = names or column.header in FOLDING
             table.add_column(
@@ -515,21 +518,20 @@ def _newest_recipes(rows: Sequence[Row]) -> list[Row]:
 def _readme_section(section: Section) -> str:
     notes = Notes()
     columns = _columns(section, notes)
-    shape = [
-        columns["workload"],
-        columns["data"],
-        Column(header="tuned, images/s", cell=columns["images"].cell, right=True),
-        Column(header="eager, images/s", cell=columns["images"].cell, right=True),
-        Column(header="speed-up", cell=columns["speedup"].cell, right=True),
-        *([columns["scaling"]] if "scaling" in columns else []),
-        Column(header="metric", cell=lambda row: _outcome(row, notes)),
-    ]
+    shape = {  # columns, and of which row they tell
+        columns["workload"]: "shown",
+        columns["data"]: "shown",
+        Column(header="tuned, images/s", cell=columns["images"].cell, right=True): "tuned",
+        Column(header="eager, images/s", cell=columns["images"].cell, right=True): "eager",
+        Column(header="speed-up", cell=columns["speedup"].cell, right=True): "tuned",
+        **({columns["scaling"]: "shown"} if "scaling" in columns else {}),
+        Column(header="metric", cell=lambda row: _outcome(row, notes)): "shown",
+    }
     body = []
     for tuned, eager in _pairs(section.rows):
-        shown = tuned or eager
-        sources = (shown, shown, tuned, eager, *[tuned] * (len(shape) - 5), shown)
-        body.append([column.cell(row) if row else MISSING for column, row in zip(shape, sources, strict=True)])
-    return "\n".join([_aligned(shape, body), *_markdown_notes(notes, section)])
+        rows_of = {"shown": tuned or eager, "tuned": tuned, "eager": eager}
+        body.append([column.cell(row) if (row := rows_of[which]) else MISSING for column, which in shape.items()])
+    return "\n".join([_aligned([*shape], body), *_markdown_notes(notes, section)])
 
 
 def _pairs(section_rows: Sequence[Row]) -> list[tuple[Row | None, Row | None]]:

@@ -152,6 +152,11 @@ def test_the_speed_of_several_gpus_has_its_scaling_efficiency() -> None:
     both = one(id="20261124T000000Z-1", case=case, throughput={"images_per_s": 18_000.0})
     table = tables(view(page_of([alone, both]), "speed"))[0]
     assert [line[table.columns.index("scaling efficiency")] for line in table.rows] == [("–", None), ("75.0 %", 75.0)]
+    assert not {"low", "high", "over eager"} & {*table.columns}  # nothing is in them
+    alone["gpu"] = {"fingerprints": ["a"]}
+    both["gpu"] = {"fingerprints": ["b", "c"]}
+    table = tables(view(page_of([alone, both]), "speed"))[0]
+    assert "one GPU on another card" in table.rows[1][-1]
 
 
 def test_time_to_target() -> None:

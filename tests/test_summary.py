@@ -87,7 +87,7 @@ def test_the_counter_comes_before_sampled_power() -> None:
         ({"gpu": seen(1.0, beside=[])}, []),
         (
             {"gpu": seen(1.0, beside=["dcgan on card 1", "mnist-cnn on card 1"])},
-            ["beside 2 other cases on other cards"],
+            ["beside 2 cases on other cards"],
         ),
         ({"gpu": seen(1.0, sm_clock_mhz_min=1881.0)}, []),
         ({"gpu": seen(1.0, sm_clock_mhz_min=1880.0)}, ["SM clock between 1,880 and 1,980 MHz"]),

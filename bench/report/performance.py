@@ -163,6 +163,7 @@ def speed(book: Book, panels: Sequence[Panel]) -> list[Block]:
         names = book.names(panel)
         for place, entry in enumerate(panel.entries):
             row = entry.row
+            across = [*row.on_another_card("eager"), *row.on_another_card("one GPU")]
             if not entry.ok:
                 flags[len(rows)] = "failed"
             rows.append(
@@ -179,7 +180,7 @@ def speed(book: Book, panels: Sequence[Panel]) -> list[Block]:
                     number(None if row.scaling_efficiency is None else 100 * row.scaling_efficiency, "%"),
                     number(row.eval_images_per_s),
                     (str(row.n), row.n),
-                    "; ".join(entry.caveats) if entry.ok else row.reason or "",
+                    "; ".join([*entry.caveats, *across]) if entry.ok else row.reason or "",
                 ]
             )
             points.append(
