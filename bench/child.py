@@ -136,7 +136,7 @@ def run(order: Order, emit: Emit) -> None:
     prepare(network, tuning, device)
     loader = train_loader()
     eval_loader = make_loader(workload, eval_set, tuning, device, train=False, seed=case.seed, into=eval_place)
-    steps = loader.batches_per_epoch * workload.recipe.epochs
+    steps = loader.batches_per_epoch * workload.evaluations
     step, players = make_step(workload, network, tuning, device, steps)
     evaluate = make_evaluation(workload, network, eval_loader, tuning, device)
 
@@ -298,7 +298,7 @@ def make_loader(
         "device": device,
         "dtype": DTYPES[tuning.precision] if train else torch.float32,
         "channels_last": tuning.channels_last,
-        "share": Share(parallel.rank(), parallel.ranks()) if train else WHOLE,
+        "share": share_of(workload) if train else WHOLE,
     }
     if tuning.loader == "dali":
         module: Any = dali
@@ -309,6 +309,11 @@ def make_loader(
     if images.images is not None:
         return module.array_loader(images.images, images.labels, **options)
     return module.jpeg_loader(images.files, images.labels, **options)
+
+
+def share_of(workload: Workload) -> Share:
+    """What of the training set is this rank's between two evaluations."""
+    return Share(parallel.rank(), parallel.ranks(), workload.evaluate_every)
 
 
 def eval_batch_size(workload: Workload, eval_set: ImageSet) -> int:
@@ -331,7 +336,7 @@ def places(
 
     batch_size = own_batch_size(workload)
     images = train_set.images
-    at_once = 1 if images is None else dali.batches_at_once(images, batch_size, parallel.ranks())
+    at_once = 1 if images is None else dali.batches_at_once(images, batch_size, share_of(workload))
     return (
         place(train_set, batch_size, at_once, DTYPES[tuning.precision]),
         place(eval_set, eval_batch_size(workload, eval_set), 1, torch.float32),
@@ -449,8 +454,10 @@ def time_batches(
     """
     timing = Timing(device, emit)
     memory = PeakMemory(device, Captured.own_bytes)
-    emit(stage="measure", epochs=workload.recipe.epochs, steps_per_epoch=loader.batches_per_epoch)
-    for epoch in range(1, workload.recipe.epochs + 1):
+    epochs, every = workload.recipe.epochs, workload.evaluate_every
+    emit(stage="measure", epochs=epochs, steps=loader.batches_per_epoch * workload.evaluations)
+    before = 0
+    for epoch in range(every, epochs + 1, every):
         clock = timing.clock(loader.batches_per_epoch, loader.batches_at_once)
         images = steps = 0
         begin()
@@ -463,8 +470,9 @@ def time_batches(
                 images += len(batch.images)
                 steps += batch.batches
                 if clock.step(batch.batches):
-                    emit(progress={"epoch": epoch, "step": steps})
+                    emit(progress={"epoch": epoch, "step": before + steps})
             clock.stop()
+        before += steps
         emit(timed=False)
         timing.add(images, steps)
         if not torch.isfinite(result).all():
@@ -499,11 +507,11 @@ def train(
     pictures: Path,
     references: Mapping[str, float],
 ) -> dict[str, float | None]:
-    """Every epoch of the recipe with its evaluation; returns the peaks of memory.
+    """Every epoch of the recipe, with the workload's evaluations; returns the peaks of memory.
 
-    Emits timing, throughput and accuracy after each epoch.
+    Emits timing, throughput and accuracy after each evaluation.
     """
-    epochs = workload.recipe.epochs
+    epochs, every = workload.recipe.epochs, workload.evaluate_every
     target = workload.target
     if workload.target_share is not None:
         target = references["real"] + workload.target_share * (references["untrained"] - references["real"])
@@ -511,12 +519,13 @@ def train(
     memory = PeakMemory(device, Captured.own_bytes)
     curve: list[dict[str, Any]] = []
     eval_s_total = 0.0
-    emit(stage="train", epochs=epochs, steps_per_epoch=loader.batches_per_epoch)
-    for epoch in range(1, epochs + 1):
+    emit(stage="train", epochs=epochs, steps=loader.batches_per_epoch * workload.evaluations)
+    for epoch in range(every, epochs + 1, every):
+        before = len(curve) * loader.batches_per_epoch
         clock = timing.clock(loader.batches_per_epoch, loader.batches_at_once)
 
-        def progress(done: int, loss: float, epoch: int = epoch) -> None:
-            emit(progress={"epoch": epoch, "step": done, "loss": loss})
+        def progress(done: int, loss: float, epoch: int = epoch, before: int = before) -> None:
+            emit(progress={"epoch": epoch, "step": before + done, "loss": loss})
 
         parallel.meet()
         emit(timed=True)
@@ -538,7 +547,7 @@ def train(
         eval_s_total += eval_s
         emit(section="throughput", value={"eval_images_per_s": round(evaluation.images * len(curve) / eval_s_total, 3)})
         emit(section="accuracy", value=accuracy(workload, curve, target, references))
-        emit(progress={"epoch": epoch, "step": trained.steps, "loss": loss, "metric": evaluation.metric})
+        emit(progress={"epoch": epoch, "step": before + trained.steps, "loss": loss, "metric": evaluation.metric})
     return memory.summary()
 
 

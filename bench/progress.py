@@ -27,7 +27,7 @@ class Listener:
     def __init__(self, console: Console, bar: Progress, name: str = "") -> None:
         self._console, self._bar, self._name = console, bar, f"{name}  " if name else ""
         self._task = bar.add_task(f"{self._name}start", total=None, note="")
-        self._epochs = self._steps = 0
+        self._epochs = 0
         self._each = "epoch"
         self._start = perf_counter()
         self.user_error = False
@@ -35,11 +35,10 @@ class Listener:
     def __call__(self, event: dict[str, Any]) -> None:
         self.user_error |= bool(event.get("user_error"))
         if "stage" in event:
-            self._epochs, self._steps = event.get("epochs", 0), event.get("steps_per_epoch", 0)
+            self._epochs = event.get("epochs", 0)
             self._each = event.get("each", "epoch")
-            total = self._epochs * self._steps or None
             stage = f"{self._name}{event['stage']}"
-            self._bar.update(self._task, description=stage, total=total, completed=0, note="")
+            self._bar.update(self._task, description=stage, total=event.get("steps"), completed=0, note="")
         if "progress" in event:
             self._progress(**event["progress"])
 
@@ -51,8 +50,7 @@ class Listener:
             if not self._console.is_terminal:
                 line = f"  {where}  {note}  after {perf_counter() - self._start:.0f} s"
                 self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-        done = (epoch - 1) * self._steps + step
-        self._bar.update(self._task, description=where, completed=done, note="" if self._name else note)
+        self._bar.update(self._task, description=where, completed=step, note="" if self._name else note)
 
     def close(self) -> None:
         """Takes its bar away."""

@@ -219,12 +219,13 @@ def run_seeds(order: Order, setting: Setting, emit: Emit) -> None:
         memory = PeakMemory(device, Captured.own_bytes)
         seeds: list[dict[str, Any]] = []
         eval_s = 0.0
-        emit(stage="train", epochs=case.seeds, steps_per_epoch=speedrun.steps, each="seed")
+        emit(stage="train", epochs=case.seeds, steps=case.seeds * speedrun.steps, each="seed")
         for number, seed in enumerate(range(case.seed, case.seed + case.seeds), 1):
             clock = timing.clock(speedrun.steps, speedrun.steps_at_once)
+            before = len(seeds) * speedrun.steps
 
-            def progress(steps: int, number: int = number) -> None:
-                emit(progress={"epoch": number, "step": steps})
+            def progress(steps: int, number: int = number, before: int = before) -> None:
+                emit(progress={"epoch": number, "step": before + steps})
 
             emit(timed=True)
             metric, loss = speedrun.run(seed, clock, memory, progress)
@@ -234,7 +235,7 @@ def run_seeds(order: Order, setting: Setting, emit: Emit) -> None:
             emit(section="throughput", value={"eval_images_per_s": round(number * len(setting.eval_set) / eval_s, 3)})
             seeds.append({"seed": seed, "train_s": round(clock.total_s, 5), "metric": round(metric, 4)})
             emit(section="accuracy", value=accuracy(setting, seeds))
-            emit(progress={"epoch": number, "step": speedrun.steps, "loss": loss, "metric": metric})
+            emit(progress={"epoch": number, "step": before + speedrun.steps, "loss": loss, "metric": metric})
         counted = {"nvml_process_mib": nvml_process_mib(device), "limit_mib": tuning.memory_limit_mib}
         emit(section="memory", value=memory.summary() | counted)
     if tuning.compile:

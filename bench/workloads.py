@@ -132,10 +132,16 @@ class Workload:
     target_share: float | None = None  # SWD: the share of (untrained - real) that may be left
     source_augments: bool = False  # whether the published recipe augments its images too
     weights: Literal["imagenet", "random"] | None = None  # what a transfer network starts from
+    evaluate_every: int = 1  # so many epochs, which divide the recipe's
     division: str = "closed"
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, Objective)
+
+    @property
+    def evaluations(self) -> int:
+        """Of a run."""
+        return self.recipe.epochs // self.evaluate_every
 
 
 def mnist_cnn() -> Workload:
@@ -495,15 +501,16 @@ def resolve(case: Case) -> Workload:
 def on_many(workload: Workload, gpus: int, scaling: Scaling) -> Workload:
     """The workload on several GPUs; `recipe.batch_size` is that of all together.
 
-    Strong scaling leaves the recipe as it is. Under weak scaling each GPU does the work of one: the recipe's batch, in
-    about as many steps, as an epoch leaves out what fills no batch. Together they see so many times the images, in so
-    many times the epochs. The learning rate stays: these recipes are at the edge of what trains.
+    Strong scaling leaves the recipe as it is. Under weak scaling each GPU does the work of one: the recipe's batch, as
+    many steps, and as many of them between two evaluations. Together they see so many times the images, in so many
+    times the epochs. The learning rate stays: these recipes are at the edge of what trains.
     """
     recipe = workload.recipe
     if workload.division == "open":
         raise UserError(f"{workload.name} is of the open division, which runs on one GPU")
     if scaling == "weak":
         recipe = replace(recipe, batch_size=gpus * recipe.batch_size, epochs=gpus * recipe.epochs)
+        workload = replace(workload, evaluate_every=gpus)
     if recipe.batch_size % gpus:
         raise UserError(f"{workload.name}: a batch of {recipe.batch_size} cannot be shared out to {gpus} GPUs")
     return replace(workload, recipe=recipe)

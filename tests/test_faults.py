@@ -52,7 +52,7 @@ def emit(**event):
     print(json.dumps(event), flush=True)
 hashes = HASHES
 emit(section="data", value={"name": "mnist", "sha256": hashes, "synthetic": False, "label": "official"})
-emit(stage="train", epochs=1, steps_per_epoch=2)
+emit(stage="train", epochs=1, steps=2)
 with open(order["pictures"] + "/1.webp", "wb") as file:
     file.write(b"picture")
 time.sleep(0.05)

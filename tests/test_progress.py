@@ -11,10 +11,10 @@ EVENTS: list[dict[str, Any]] = [
     {"stage": "data"},
     {"section": "data", "value": {}},
     {"stage": "compile"},
-    {"stage": "train", "epochs": 10, "steps_per_epoch": 100},
+    {"stage": "train", "epochs": 10, "steps": 1_000},
     {"progress": {"epoch": 1, "step": 50, "loss": 1.23456}},
     {"progress": {"epoch": 1, "step": 100, "loss": 0.54321, "metric": 97.104}},
-    {"progress": {"epoch": 2, "step": 100, "loss": 0.04321, "metric": 98.0}},
+    {"progress": {"epoch": 2, "step": 200, "loss": 0.04321, "metric": 98.0}},
 ]
 
 
@@ -36,15 +36,15 @@ def test_a_log_gets_a_line_an_epoch() -> None:
 
 
 def test_modes_without_a_metric_print_no_line_in_a_log() -> None:
-    stage = {"stage": "measure", "epochs": 1, "steps_per_epoch": 10}
+    stage = {"stage": "measure", "epochs": 1, "steps": 10}
     assert shown([stage, {"progress": {"epoch": 1, "step": 10}}], width=80) == ""
 
 
 def test_a_terminal_of_80_columns_gets_a_bar_of_one_line_that_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     widest = [
-        {"stage": "train", "epochs": 100, "steps_per_epoch": 10},
-        {"progress": {"epoch": 99, "step": 10, "loss": -0.00012345, "metric": 97.104}},
+        {"stage": "train", "epochs": 100, "steps": 1_000},
+        {"progress": {"epoch": 99, "step": 990, "loss": -0.00012345, "metric": 97.104}},
     ]
     text = shown(widest, width=80, force_terminal=True, color_system=None)
     assert "epoch 99/100 ━━━━━━━━━" in text

@@ -38,7 +38,7 @@ def emit(**event):
     print(json.dumps(event), flush=True)
 
 def measure(images_per_s=1000.0):
-    emit(stage="train", epochs=1, steps_per_epoch=2)
+    emit(stage="train", epochs=1, steps=2)
     emit(timed=True)
     emit(section="timing", value={"block_s": [0.1, 0.2], "blocks_thinned_by": 1})
     emit(section="throughput", value={"images_per_s": images_per_s})

@@ -149,9 +149,7 @@ class _BaselineLoader:
         workers: int,
         share: Share,
     ) -> None:
-        self.batches_per_epoch, self.images_per_epoch = count_epoch(
-            len(dataset), batch_size, train=train, ranks=share.ranks
-        )
+        self.batches_per_epoch, self.images_per_epoch = count_epoch(len(dataset), batch_size, train=train, share=share)
         self._batch_size = batch_size
         self._seed = seed
         self._device = device
@@ -161,7 +159,10 @@ class _BaselineLoader:
         self._rank = share.rank
         self._order = torch.Generator()  # the same in every rank
         self._moves = torch.Generator()  # what augmentation is drawn from: another one in each
-        rows: Sampler[int] = RandomSampler(dataset, generator=self._order) if train else SequentialSampler(dataset)
+        count = share.epochs * len(dataset)
+        rows: Sampler[int] = SequentialSampler(dataset)
+        if train:
+            rows = RandomSampler(dataset, num_samples=count, generator=self._order)
         self._loader: DataLoader | None = DataLoader(
             dataset,
             batch_size,

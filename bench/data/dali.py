@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -81,7 +81,7 @@ def array_loader(
     rank's, in batches of `batch_size`.
     """
     check_array_set(images, preprocess)
-    batches, images_per_epoch = count_epoch(len(images), batch_size, train=train, ranks=share.ranks)
+    batches, images_per_epoch = count_epoch(len(images), batch_size, train=train, share=share)
     at_once = 1 if into is None else into.batches
     resident = is_resident(images)
     batches_per_run = batches
@@ -141,11 +141,10 @@ def is_resident(images: np.ndarray) -> bool:
     return images.nbytes <= RESIDENT_BYTES
 
 
-def batches_at_once(images: np.ndarray, batch_size: int, ranks: int = 1) -> int:
+def batches_at_once(images: np.ndarray, batch_size: int, share: Share = WHOLE) -> int:
     """How many training batches of `images` [N, H, W, C] a rank's captured step best takes at a time."""
-    batches, _ = count_epoch(len(images), batch_size, train=True, ranks=ranks)
-    parts = PARTS_OF_EPOCH // min(ranks, 2)  # a rank's epoch is that much shorter; two at least
-    return _spread(batches, min(STEPS_AT_ONCE, batches // parts, _super_batch(images) // batch_size))
+    batches, _ = count_epoch(len(images), batch_size, train=True, share=share)
+    return _spread(batches, min(STEPS_AT_ONCE, batches // PARTS_OF_EPOCH, _super_batch(images) // batch_size))
 
 
 def _super_batch(images: np.ndarray) -> int:
@@ -179,7 +178,7 @@ def jpeg_loader(
     files are read into memory once. UserError names a file that cannot be read or decoded.
     """
     side = check_jpeg_set(preprocess)
-    batches, images_per_epoch = count_epoch(len(files), batch_size, train=train, ranks=share.ranks)
+    batches, images_per_epoch = count_epoch(len(files), batch_size, train=train, share=share)
     moves = preprocess if train else _unmoved(preprocess)
     warped = bool(moves.shear_deg or moves.zoom or moves.flip)
     dali, fn, types = import_dali()
@@ -439,21 +438,36 @@ def _orders(
     Without shift and flip where `preprocess` does not move images. `count` of all `images` an epoch, then padding to
     whole super-batches. All is drawn as for one rank, and then shared.
     """
-    drawn = count * share.ranks
     first = np.zeros(images, np.uint8)
     if preprocess.flip == "by turns":  # three numbers: two with a zero at the end are the stream of the first epoch
         first = np.random.default_rng((seed, 0, 1)).integers(0, 1, images, np.uint8, endpoint=True)
-    for epoch in itertools.count():
+
+    def one(epoch: int, drawn: int) -> list[np.ndarray]:
         draw = np.random.default_rng((seed, epoch))
         rows = (draw.permutation(images) if shuffle else np.arange(images))[:drawn]
-        order = [rows]
-        if _are_moved(preprocess):
-            pad = preprocess.crop_padding
-            shift = draw.integers(-pad, pad, (drawn, 2), np.int32, endpoint=True)
-            flip = draw.integers(0, int(bool(preprocess.flip)), drawn, np.uint8, endpoint=True)
-            order += [shift, first[rows] ^ (epoch % 2) if preprocess.flip == "by turns" else flip]
-        for part in zip(*(_parts(share.of(values), size) for values in order), strict=True):
+        if not _are_moved(preprocess):
+            return [rows]
+        pad = preprocess.crop_padding
+        shift = draw.integers(-pad, pad, (drawn, 2), np.int32, endpoint=True)
+        flip = draw.integers(0, int(bool(preprocess.flip)), drawn, np.uint8, endpoint=True)
+        return [rows, shift, first[rows] ^ (epoch % 2) if preprocess.flip == "by turns" else flip]
+
+    for order in _epochs(one, images, count, share):
+        for part in zip(*(_parts(values, size) for values in order), strict=True):
             yield tuple(values[None] for values in part)
+
+
+def _epochs(
+    one: Callable[[int, int], list[np.ndarray]], images: int, count: int, share: Share
+) -> Iterator[list[np.ndarray]]:
+    """This rank's part of the set's epochs, as many at a time as come as one, cut off behind the rank's `count` images.
+
+    one: makes an epoch by its number, as far as so many of the `images`.
+    """
+    drawn = count * share.ranks
+    for first in itertools.count(step=share.epochs):
+        parts = [one(epoch, min(drawn, images)) for epoch in range(first, first + share.epochs)]
+        yield [share.of(np.concatenate(values)[:drawn]) for values in zip(*parts, strict=True)]
 
 
 def _gathered(
@@ -498,12 +512,13 @@ def _jpeg_batches(
     share: Share,
 ) -> Generator[tuple[list[Any], np.ndarray, np.ndarray], None, None]:
     """Epoch after epoch, (encoded files, labels, affine maps) of one batch; padding after `count` images."""
-    drawn = count * share.ranks
-    for epoch in itertools.count():
+
+    def one(epoch: int, drawn: int) -> list[np.ndarray]:
         draw = np.random.default_rng((seed, epoch))
         rows = draw.permutation(len(encoded)) if shuffle else np.arange(len(encoded))
-        maps = share.of(_affine_maps(drawn, preprocess, draw))
-        rows = share.of(rows[:drawn])
+        return [rows[:drawn], _affine_maps(drawn, preprocess, draw)]
+
+    for rows, maps in _epochs(one, len(encoded), count, share):
         for part, moves in zip(_parts(rows, batch_size), _parts(maps, batch_size), strict=True):
             yield [encoded[row] for row in part], labels[part], moves
 

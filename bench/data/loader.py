@@ -32,9 +32,9 @@ class Loader(Protocol):
     """Epochs of batches of one constant shape.
 
     Training: order and augmentation differ by (seed, epoch) and are reproducible, each image comes at most once an
-    epoch, in one of the ranks, and the last partial batch is dropped. Evaluation: stored order, nothing random, each
-    image exactly once, the last batch padded. `epoch()` begins the next epoch also when the one before was left
-    half-way.
+    epoch, in one of the ranks, and the last partial batch is dropped. Where a `Share` has several epochs come as one,
+    it is dropped behind the last of them. Evaluation: stored order, nothing random, each image exactly once, the last
+    batch padded. `epoch()` begins the next epoch also when the one before was left half-way.
     """
 
     batches_per_epoch: int
@@ -54,6 +54,7 @@ class Share(NamedTuple):
 
     rank: int = 0
     ranks: int = 1
+    epochs: int = 1  # that come as one, one behind the other
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(rows[self.rank :: self.ranks])  # DALI takes no others
@@ -62,14 +63,14 @@ class Share(NamedTuple):
 WHOLE = Share()
 
 
-def count_epoch(images: int, batch_size: int, *, train: bool, ranks: int = 1) -> tuple[int, int]:
+def count_epoch(images: int, batch_size: int, *, train: bool, share: Share = WHOLE) -> tuple[int, int]:
     """(batches, images) of one rank's epoch; UserError where that is nothing.
 
-    A training set of `images` is shared by all `ranks`; an evaluation's is the rank's own.
+    A training set of `images` is shared by all ranks; an evaluation's is the rank's own.
     """
-    batches = images // (ranks * batch_size) if train else -(-images // batch_size)
+    whole = share.ranks * batch_size
+    batches = share.epochs * images // whole if train else -(-images // batch_size)
     if batches == 0:
-        whole = ranks * batch_size
         raise UserError(f"{images} images do not fill one batch of {whole}: choose a smaller batch size")
     return batches, batches * batch_size if train else images
 
