@@ -13,8 +13,9 @@ A record is a JSON object in `<results>/<machine>/<workload>/<tuning>-<mode>-<id
                 three by NVML, on top of what torch holds, and by difference, so estimates: DALI is in the second, code
                 and handles of cuDNN, cuBLAS and compiled kernels in the third), nvml_process_mib (after training; the
                 peak is sampled and so misses what is short), warm_up_reserved_mib (trials of algorithms are in it)
-    accuracy    metric, unit, higher_is_better, curve (a row an epoch), final, best, target, also_at_least, reached,
-                train_s_to_target, references (for generated images), pictures (with their hashes, where there are any)
+    accuracy    metric, unit, higher_is_better, curve (a row an evaluation), final, best, target, also_at_least,
+                reached, train_s_to_target, references (for generated images), pictures (with their hashes, where there
+                are any)
     compile     cold_s, warm_s, cold_start_s, warm_start_s, recompiles
     data        name, label, synthetic, sha256, images, loader, resident
     machine     slug, gpu, cpu, cores, memory_gib, os, versions

@@ -166,7 +166,7 @@ def _time_to_target(record: Record) -> float | None:
 
 
 def _to_target(record: Record, length: Callable[[Mapping[str, Any]], float | None]) -> float | None:
-    """The sum of `length` over the epochs to the target; a run that misses it counts as one epoch more than it has."""
+    """The sum of `length` over the curve's rows to the target; a run that misses it counts as one more than it has."""
     curve, target = at(record, "accuracy", "curve"), _number(record, "accuracy", "target")
     if target is None or not isinstance(curve, list) or not curve:
         return None
@@ -187,6 +187,13 @@ def _to_target(record: Record, length: Callable[[Mapping[str, Any]], float | Non
     if reached is None:
         return sum(one for one in lengths if one is not None) * (1 + 1 / len(curve))
     return reached
+
+
+def _epochs_to_target(record: Record) -> float | None:
+    """A row of the curve is of several epochs where several GPUs ran under weak scaling."""
+    rows = _to_target(record, lambda row: 1.0)
+    each = rows and _number(at(record, "accuracy", "curve")[0], "epoch")
+    return rows and each and rows * each
 
 
 def _seed(record: Record) -> Hashable:
@@ -259,7 +266,7 @@ QUANTITIES: tuple[Quantity, ...] = (  # of those of one name, the first that the
     Quantity(
         name="epochs to target",
         unit="epochs",
-        read=lambda record: _to_target(record, lambda epoch: 1.0),
+        read=_epochs_to_target,
         floor=0.02,
         one_sided=True,
         sample=_seed,

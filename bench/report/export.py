@@ -83,7 +83,7 @@ COLUMNS = (
     _column("target", "accuracy.target", "number", "what the final metric must reach"),
     _column("reached", "accuracy.reached", "flag", "whether it did"),
     _column("train_s_to_target", "accuracy.train_s_to_target", "number", "seconds of training until it did"),
-    _column("curve", "accuracy.curve", "json", "a row an epoch: train_s, eval_s, train_loss, metric"),
+    _column("curve", "accuracy.curve", "json", "a row an evaluation: epoch, train_s, eval_s, train_loss, metric"),
     _column("compile_cold_s", "compile.cold_s", "number", "first step and evaluation, empty compiler cache"),
     _column("compile_warm_s", "compile.warm_s", "number", "the same, filled cache"),
     _column("recompiles", "compile.recompiles", "number", "graphs compiled again in the timed region"),
