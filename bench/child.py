@@ -53,7 +53,7 @@ from .train import Diverged, Evaluate, Evaluation, collect, make_evaluation, reh
 from .tuning import TUNINGS, Tuning
 from .workloads import Workload, describe, resolve
 
-PICTURED_EPOCHS = {1, 2, 5, 10, 20, 50, 100}  # and the last
+PICTURED = {1, 2, 5, 10, 20, 50, 100}  # evaluations, and the last
 TRACED_STEPS = 5
 TRACED_AFTER_S = 1.0
 LIBRARY_BYTES = 256 << 20  # what cuDNN and cuBLAS may ask for at their start
@@ -136,7 +136,7 @@ def run(order: Order, emit: Emit) -> None:
     prepare(network, tuning, device)
     loader = train_loader()
     eval_loader = make_loader(workload, eval_set, tuning, device, train=False, seed=case.seed, into=eval_place)
-    steps = loader.batches_per_epoch * workload.evaluations
+    steps = loader.batches_per_epoch * workload.recipe.evaluations
     step, players = make_step(workload, network, tuning, device, steps)
     evaluate = make_evaluation(workload, network, eval_loader, tuning, device)
 
@@ -313,7 +313,7 @@ def make_loader(
 
 def share_of(workload: Workload) -> Share:
     """What of the training set is this rank's between two evaluations."""
-    return Share(parallel.rank(), parallel.ranks(), workload.evaluate_every)
+    return Share(parallel.rank(), parallel.ranks(), workload.recipe.evaluate_every)
 
 
 def eval_batch_size(workload: Workload, eval_set: ImageSet) -> int:
@@ -447,15 +447,15 @@ def time_batches(
 ) -> dict[str, float | None]:
     """The recipe's epochs without evaluation: the loader alone, or training on a resident batch; peaks of memory.
 
-    `begin` is called before each epoch.
+    `begin` is called before each epoch, or before as many as come as one.
 
     Raises:
-        Diverged: the last result of an epoch is not finite.
+        Diverged: the last result before the next call of it is not finite.
     """
     timing = Timing(device, emit)
     memory = PeakMemory(device, Captured.own_bytes)
-    epochs, every = workload.recipe.epochs, workload.evaluate_every
-    emit(stage="measure", epochs=epochs, steps=loader.batches_per_epoch * workload.evaluations)
+    epochs, every = workload.recipe.epochs, workload.recipe.evaluate_every
+    emit(stage="measure", epochs=epochs, steps=loader.batches_per_epoch * workload.recipe.evaluations)
     before = 0
     for epoch in range(every, epochs + 1, every):
         clock = timing.clock(loader.batches_per_epoch, loader.batches_at_once)
@@ -511,7 +511,7 @@ def train(
 
     Emits timing, throughput and accuracy after each evaluation.
     """
-    epochs, every = workload.recipe.epochs, workload.evaluate_every
+    epochs, every = workload.recipe.epochs, workload.recipe.evaluate_every
     target = workload.target
     if workload.target_share is not None:
         target = references["real"] + workload.target_share * (references["untrained"] - references["real"])
@@ -519,7 +519,7 @@ def train(
     memory = PeakMemory(device, Captured.own_bytes)
     curve: list[dict[str, Any]] = []
     eval_s_total = 0.0
-    emit(stage="train", epochs=epochs, steps=loader.batches_per_epoch * workload.evaluations)
+    emit(stage="train", epochs=epochs, steps=loader.batches_per_epoch * workload.recipe.evaluations)
     for epoch in range(every, epochs + 1, every):
         before = len(curve) * loader.batches_per_epoch
         clock = timing.clock(loader.batches_per_epoch, loader.batches_at_once)
@@ -541,7 +541,7 @@ def train(
             raise Diverged(f"{workload.metric.name} {evaluation.metric} after epoch {epoch}")
         loss = fmean(parallel.every(trained.loss))
         curve.append(curve_row(epoch, parallel.slowest(clock.total_s), eval_s, loss, evaluation))
-        pictured = parallel.rank() == 0 and (epoch in PICTURED_EPOCHS or epoch == epochs)
+        pictured = parallel.rank() == 0 and (len(curve) in PICTURED or epoch == epochs)
         if evaluation.picture is not None and pictured:
             to_pil_image(evaluation.picture.float().cpu()).save(pictures / f"{epoch}.webp", quality=85)
         eval_s_total += eval_s

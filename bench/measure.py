@@ -18,8 +18,10 @@
   a full collection could fall into the timed region, some 0.2 s in one epoch of a compiled network.
   Where several steps are one CUDA graph, a block is a whole number of replays. The wall clock of the
   epoch is recorded beside them.
-- Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first epoch
-  whose metric reaches the target, and exists only where the final metric reaches it too.
+- Training and evaluation of an epoch are timed apart. Time to target is the sum of training times until the first
+  evaluation whose metric reaches the target, and exists only where the final metric reaches it too. Several GPUs under
+  weak scaling are evaluated every so many epochs, as the record's `case.recipe.evaluate_every` says: until November
+  27th 2026 after each one.
   In the open division, where many seeds are trained in one process, a seed's time is that of its training and its one
   evaluation together; images per second count its steps alone.
 - Peak memory is that of torch's allocations in training, and what a captured step allocated while it was captured:

@@ -1,4 +1,4 @@
-"""What a person sees of running cases: a bar each in a terminal, a line an epoch elsewhere; and how they ended."""
+"""What a person sees of running cases: a bar each in a terminal, a line an evaluation elsewhere; and how they ended."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -52,7 +52,7 @@ from typing import Any, BinaryIO
 from .errors import UserError
 
 SCHEMA = 1
-LATER_SETTINGS = {"basis": "taps"}
+LATER_SETTINGS = {"basis": "taps", "evaluate_every": 1}
 LARGEST_BYTES = 16 * 1024
 FEWEST_BLOCKS = 20  # enough for a median and its interval
 STATUSES = ("ok", "oom", "diverged", "timeout", "failed", "killed", "skipped")

@@ -56,11 +56,12 @@ def seconds_to_target(
     higher_is_better: bool,
     also_at_least: Mapping[str, float] | None = None,
 ) -> float | None:
-    """Training time, in seconds, until the first epoch whose metric reaches `target`.
+    """Training time, in seconds, until the first evaluation whose metric reaches `target`.
 
-    `curve` is a record's `accuracy.curve`: a row an epoch with `train_s` and `metric`. A run reaches its target by its
-    final metric, not its best: None where the last epoch's metric misses the target, is null or is not a number, and
-    where there is no target. `also_at_least` names further metrics (a row's `metrics`) that the same epoch must reach.
+    `curve` is a record's `accuracy.curve`: a row an evaluation, with `train_s` and `metric`. A run reaches its target
+    by its final metric, not its best: None where the last row's metric misses the target, is null or is not a number,
+    and where there is no target. `also_at_least` names further metrics (a row's `metrics`) that the same row must
+    reach.
     """
 
     def reaches(row: Mapping[str, Any]) -> bool:

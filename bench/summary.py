@@ -388,7 +388,8 @@ def _across(row: Row, other: Row, what: str) -> tuple[str, ...]:
 def _on_one(row: Row) -> tuple:
     """What a row shares with that of one GPU: the recipe but for its length; under weak scaling the batch on each."""
     batch = row.batch_size
-    recipe = {name: value for name, value in row.recipe.items() if name not in ("batch_size", "epochs")}
+    length = ("batch_size", "epochs", "evaluate_every")
+    recipe = {name: value for name, value in row.recipe.items() if name not in length}
     if row.scaling == "weak" and batch is not None and row.gpus:
         batch /= row.gpus
     return *_contest(replace(row, gpus=1, scaling=None)), row.tuning, batch, _key(recipe)

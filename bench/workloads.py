@@ -59,6 +59,7 @@ class Recipe:
 
     batch_size: int
     epochs: int
+    evaluate_every: int = 1  # so many epochs, which come as one
     optimizer: OptimizerName
     learning_rate: float  # the peak, under a schedule
     momentum: float = 0.0  # sgd: momentum; adam: β₁
@@ -71,11 +72,18 @@ class Recipe:
     def __post_init__(self) -> None:
         if min(self.batch_size, self.epochs) < 1 or self.learning_rate <= 0:
             raise ValueError("batch_size and epochs must be at least 1, learning_rate above 0")
+        if self.evaluate_every < 1 or self.epochs % self.evaluate_every:
+            raise ValueError(f"an evaluation every {self.evaluate_every} epochs does not fit {self.epochs}")
         check_choice("optimizer", self.optimizer, OptimizerName)
         if self.optimizer == "muon" and not isinstance(self, OpenRecipe):
             raise ValueError("muon is of the open division: OpenRecipe")
         check_choice("schedule", self.schedule, ScheduleName)
         check_choice("basis", self.basis, BasisName)
+
+    @property
+    def evaluations(self) -> int:
+        """Of a run."""
+        return self.epochs // self.evaluate_every
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,16 +140,10 @@ class Workload:
     target_share: float | None = None  # SWD: the share of (untrained - real) that may be left
     source_augments: bool = False  # whether the published recipe augments its images too
     weights: Literal["imagenet", "random"] | None = None  # what a transfer network starts from
-    evaluate_every: int = 1  # so many epochs, which divide the recipe's
     division: str = "closed"
 
     def __post_init__(self) -> None:
         check_choice("objective", self.objective, Objective)
-
-    @property
-    def evaluations(self) -> int:
-        """Of a run."""
-        return self.recipe.epochs // self.evaluate_every
 
 
 def mnist_cnn() -> Workload:
@@ -503,14 +505,15 @@ def on_many(workload: Workload, gpus: int, scaling: Scaling) -> Workload:
 
     Strong scaling leaves the recipe as it is. Under weak scaling each GPU does the work of one: the recipe's batch, as
     many steps, and as many of them between two evaluations. Together they see so many times the images, in so many
-    times the epochs. The learning rate stays: these recipes are at the edge of what trains.
+    times the epochs, and leave out, behind the last of those that come as one, what one leaves out of each. The
+    learning rate stays: these recipes are at the edge of what trains.
     """
     recipe = workload.recipe
     if workload.division == "open":
         raise UserError(f"{workload.name} is of the open division, which runs on one GPU")
     if scaling == "weak":
-        recipe = replace(recipe, batch_size=gpus * recipe.batch_size, epochs=gpus * recipe.epochs)
-        workload = replace(workload, evaluate_every=gpus)
+        many = {name: gpus * getattr(recipe, name) for name in ("batch_size", "epochs", "evaluate_every")}
+        recipe = replace(recipe, **many)
     if recipe.batch_size % gpus:
         raise UserError(f"{workload.name}: a batch of {recipe.batch_size} cannot be shared out to {gpus} GPUs")
     return replace(workload, recipe=recipe)

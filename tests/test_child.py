@@ -360,6 +360,25 @@ def test_the_fewer_steps_of_an_epochs_end_are_captured_too(measure: Any, monkeyp
         assert found["timing"]["steps"] == 18
 
 
+@pytest.mark.parametrize("mode", ["e2e", "compute"])
+def test_epochs_that_come_as_one(measure: Any, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+    """Twice two of 300 images, in batches of 128: four batches each time, by which schedule and progress go."""
+    with_recipe(monkeypatch, epochs=4, evaluate_every=2)
+    make, lengths = child.make_step, []
+    monkeypatch.setattr(child, "make_step", lambda *given: (lengths.append(given[-1]), make(*given))[1])
+    found, events = measure(replace(EAGER, mode=mode))
+    assert found["timing"]["steps"] == 8
+    assert lengths == [8]
+    (stage,) = (event for event in events if event.get("stage") in ("train", "measure"))
+    assert (stage["epochs"], stage["steps"]) == (4, 8)
+    progress = [(event["progress"]["epoch"], event["progress"]["step"]) for event in events if "progress" in event]
+    assert progress == sorted(progress)
+    assert {epoch for epoch, _ in progress} == {2, 4}
+    assert progress[-1] == (4, 8)
+    if mode == "e2e":
+        assert [row["epoch"] for row in found["accuracy"]["curve"]] == [2, 4]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("workload", ["mnist-cnn", "conv-autoencoder"])
 def test_a_captured_run_learns_what_another_does(measure: Any, monkeypatch: pytest.MonkeyPatch, workload: Any) -> None:
@@ -567,8 +586,8 @@ class TwoSteps:
         pass
 
 
-def course(workload: Workload, metrics: list[Any], folder: Path, **references: float) -> dict[str, Any]:
-    """The sections after training with these metrics, one an epoch: numbers, or pairs of PSNR and SSIM."""
+def course(workload: Workload, metrics: list[Any], folder: Path, every: int = 1, **references: float) -> dict[str, Any]:
+    """The sections after training with these metrics, one every so many epochs: numbers, or pairs of PSNR and SSIM."""
     events: list[dict[str, Any]] = []
     left = iter(metrics)
 
@@ -578,7 +597,7 @@ def course(workload: Workload, metrics: list[Any], folder: Path, **references: f
         picture = None if workload.objective == "classify" else torch.zeros(3, 8, 8)
         return Evaluation(value, further, 100, picture)
 
-    workload = replace(workload, recipe=replace(workload.recipe, epochs=len(metrics)))
+    workload = replace(workload, recipe=replace(workload.recipe, epochs=every * len(metrics), evaluate_every=every))
     loader, step = TwoSteps(), lambda images, labels: torch.tensor(1.0)
     try:
         child.train(workload, step, evaluate, loader, CPU, lambda **event: events.append(event), folder, references)
@@ -624,6 +643,8 @@ def test_a_metric_that_is_no_number_is_divergence(tmp_path: Path) -> None:
     assert [row["metric"] for row in found["accuracy"]["curve"]] == [97.0]
 
 
-def test_pictures_are_kept_of_some_epochs_and_the_last(tmp_path: Path) -> None:
-    course(replace(conv_autoencoder(), also_at_least=None), [20.0] * 13, tmp_path)
-    assert sorted(int(path.stem) for path in tmp_path.glob("*.webp")) == [1, 2, 5, 10, 13]
+@pytest.mark.parametrize("every", [1, 8])
+def test_pictures_are_kept_of_some_evaluations_and_the_last(tmp_path: Path, every: int) -> None:
+    course(replace(conv_autoencoder(), also_at_least=None), [20.0] * 13, tmp_path, every=every)
+    kept = sorted(int(path.stem) for path in tmp_path.glob("*.webp"))
+    assert kept == [every * number for number in (1, 2, 5, 10, 13)]

@@ -204,7 +204,8 @@ def test_a_replay_takes_many_batches_but_neither_a_super_batch_nor_a_quarter_of_
     assert dali.batches_at_once(small, 32) == 32  # 1,875 batches in 59 parts
     assert dali.batches_at_once(small, 1_024) == 12  # 58 in 5: a quarter of them would be 14
     assert dali.batches_at_once(small, 2_048) == 6  # 29 in 5, of which two super-batches have 8 each
-    assert dali.batches_at_once(small, 1_024, Share(0, 8, 8)) == 12  # under weak scaling as of one rank
+    assert dali.batches_at_once(small, 1_024, Share(0, 2)) == 6  # of two ranks' 29 in 5
+    assert dali.batches_at_once(small, 1_024, Share(0, 8, 8)) == 12  # of as many epochs at once as of one rank
     assert dali.batches_at_once(small, 20_000) == 1
     faces = np.broadcast_to(np.uint8(0), (200_000, 64, 64, 3))
     assert dali.batches_at_once(faces, 512) == 10  # 390 in 39; 5,461 images of 12 KiB are 64 MiB

@@ -242,7 +242,12 @@ def test_the_code_hash_follows_what_decides_a_measurement(tmp_path: Path, monkey
 def test_settings_that_came_later_are_as_they_were() -> None:
     record = new_record({"recipe": {"schedule": "constant", "epochs": 2}}, {"slug": "here"})
     content = json.dumps(record).encode()
-    assert records.parse(content, Path("a"))["case"]["recipe"] == {"schedule": "constant", "epochs": 2, "basis": "taps"}
+    assert records.parse(content, Path("a"))["case"]["recipe"] == {
+        "schedule": "constant",
+        "epochs": 2,
+        "basis": "taps",
+        "evaluate_every": 1,
+    }
     record["case"]["recipe"]["basis"] = "frequencies"
     assert records.parse(json.dumps(record).encode(), Path("a"))["case"]["recipe"]["basis"] == "frequencies"
 

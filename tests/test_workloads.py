@@ -199,6 +199,12 @@ def test_an_impossible_recipe_is_an_error(change: dict[str, float]) -> None:
         replace(find("mnist-cnn").recipe, **change)
 
 
+@pytest.mark.parametrize("every", [0, 5])
+def test_evaluations_that_do_not_fit_the_epochs_are_an_error(every: int) -> None:
+    with pytest.raises(ValueError, match=f"an evaluation every {every} epochs does not fit 12"):
+        replace(find("mnist-cnn").recipe, evaluate_every=every)
+
+
 @pytest.mark.parametrize("change", [{"optimizer": "adagrad"}, {"schedule": "cosine"}])
 def test_an_unknown_name_in_a_recipe_is_an_error(change: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=next(iter(change.values()))):

@@ -159,10 +159,9 @@ class _BaselineLoader:
         self._rank = share.rank
         self._order = torch.Generator()  # the same in every rank
         self._moves = torch.Generator()  # what augmentation is drawn from: another one in each
-        count = share.epochs * len(dataset)
         rows: Sampler[int] = SequentialSampler(dataset)
         if train:
-            rows = RandomSampler(dataset, num_samples=count, generator=self._order)
+            rows = RandomSampler(dataset, num_samples=share.epochs * len(dataset), generator=self._order)
         self._loader: DataLoader | None = DataLoader(
             dataset,
             batch_size,

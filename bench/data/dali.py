@@ -435,8 +435,8 @@ def _orders(
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Epoch after epoch, the numbers of `size` rows, shift and flip, each with the leading 1 of a DALI batch of one.
 
-    Without shift and flip where `preprocess` does not move images. `count` of all `images` an epoch, then padding to
-    whole super-batches. All is drawn as for one rank, and then shared.
+    Without shift and flip where `preprocess` does not move images. This rank has `count` of each so many epochs that
+    come as one, and then padding to whole super-batches. All is drawn as for one rank, and then shared.
     """
     first = np.zeros(images, np.uint8)
     if preprocess.flip == "by turns":  # three numbers: two with a zero at the end are the stream of the first epoch
@@ -462,7 +462,7 @@ def _epochs(
 ) -> Iterator[list[np.ndarray]]:
     """This rank's part of the set's epochs, as many at a time as come as one, cut off behind the rank's `count` images.
 
-    one: makes an epoch by its number, as far as so many of the `images`.
+    one: the first rows, so many, of the epoch with a number.
     """
     drawn = count * share.ranks
     for first in itertools.count(step=share.epochs):

@@ -32,8 +32,8 @@ class Loader(Protocol):
     """Epochs of batches of one constant shape.
 
     Training: order and augmentation differ by (seed, epoch) and are reproducible, each image comes at most once an
-    epoch, in one of the ranks, and the last partial batch is dropped. Where a `Share` has several epochs come as one,
-    it is dropped behind the last of them. Evaluation: stored order, nothing random, each image exactly once, the last
+    epoch, in one of the ranks, and the last partial batch is dropped: where several epochs come as one, `Share.epochs`,
+    only behind the last of them. Evaluation: stored order, nothing random, each image exactly once, the last
     batch padded. `epoch()` begins the next epoch also when the one before was left half-way.
     """
 
@@ -71,7 +71,8 @@ def count_epoch(images: int, batch_size: int, *, train: bool, share: Share = WHO
     whole = share.ranks * batch_size
     batches = share.epochs * images // whole if train else -(-images // batch_size)
     if batches == 0:
-        raise UserError(f"{images} images do not fill one batch of {whole}: choose a smaller batch size")
+        fewest = -(-whole // share.epochs)
+        raise UserError(f"{images} images do not fill one batch of {fewest}: choose a smaller batch size")
     return batches, batches * batch_size if train else images
 
 
