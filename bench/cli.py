@@ -255,9 +255,11 @@ def run(
         raise UserError("--parallel runs a case on each card, and --gpus one on several: leave one of them out")
     if parallel and find_batch_size:
         raise UserError("--find-batch-size looks at one card: leave --parallel out")
-    cards = Gpu.cards() if parallel else {}
-    if len(kinds := sorted({*cards.values()})) > 1:
-        raise UserError(f"--parallel needs cards of one kind; choose with CUDA_VISIBLE_DEVICES: {', '.join(kinds)}")
+    cards = Gpu.cards() if parallel or ranks > 1 else {}
+    used = [*cards.values()][: None if parallel else ranks]
+    if len(kinds := sorted({*used})) > 1:
+        option = "--parallel" if parallel else f"--gpus {ranks}"
+        raise UserError(f"{option} needs cards of one kind; choose with CUDA_VISIBLE_DEVICES: {', '.join(kinds)}")
     if any(TUNINGS[name](None).loader == "dali" for name in tunings):
         import_dali()  # a missing DALI ends the command here, not case by case
     save_machine(here, results)

@@ -220,8 +220,16 @@ def filled(record: Record) -> Record:
     """The record with the settings that its recipe did not have yet when it was written, as they then were."""
     recipe = record["case"].get("recipe")
     if isinstance(recipe, dict) and "schedule" in recipe:
-        record["case"]["recipe"] = LATER_SETTINGS | recipe
+        record["case"]["recipe"] = LATER_SETTINGS | _evaluate_every(record) | recipe
     return record
+
+
+def _evaluate_every(record: Record) -> dict[str, int]:
+    """After how many epochs a record's first evaluation came, if it has one: some hours older than the setting."""
+    try:
+        return {"evaluate_every": int(record["accuracy"]["curve"][0]["epoch"])}
+    except (IndexError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def check_schema(schema: Any, name: str) -> None:

@@ -503,10 +503,9 @@ def resolve(case: Case) -> Workload:
 def on_many(workload: Workload, gpus: int, scaling: Scaling) -> Workload:
     """The workload on several GPUs; `recipe.batch_size` is that of all together.
 
-    Strong scaling leaves the recipe as it is. Under weak scaling each GPU does the work of one: the recipe's batch, as
-    many steps, and as many of them between two evaluations. Together they see so many times the images, in so many
-    times the epochs, and leave out, behind the last of those that come as one, what one leaves out of each. The
-    learning rate stays: these recipes are at the edge of what trains.
+    Strong scaling leaves the recipe as it is. Under weak scaling each GPU trains as one would, with the recipe's batch,
+    as many steps and as many evaluations, so that N have N times the batch and N times the epochs and are evaluated
+    after every N-th. The learning rate stays: these recipes are at the edge of what trains.
     """
     recipe = workload.recipe
     if workload.division == "open":

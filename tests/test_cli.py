@@ -517,8 +517,16 @@ def test_cards_that_differ_are_no_machine(netdyno: Any, runs: Runs, cards: dict[
     cards["GPU-c"] = "L4"
     told = complaint(netdyno("run", "mnist-cnn", "--tuning", "eager", "--parallel"))
     assert told == "netdyno: --parallel needs cards of one kind; choose with CUDA_VISIBLE_DEVICES: L4, Tesla T4"
+    told = complaint(netdyno("run", "mnist-cnn", "--tuning", "eager", "--gpus", "3"))
+    assert told == "netdyno: --gpus 3 needs cards of one kind; choose with CUDA_VISIBLE_DEVICES: L4, Tesla T4"
     assert runs.cases == []
     assert not [*Path("results").rglob("*")]
+
+
+def test_cards_that_are_not_used_may_differ(netdyno: Any, runs: Runs, cards: dict[str, str]) -> None:
+    cards["GPU-c"] = "L4"
+    assert not netdyno("run", "mnist-cnn", "--tuning", "eager", "--gpus", "2").code
+    assert [case.gpus for case in runs.cases] == [2]
 
 
 def test_fleet_plan(netdyno: Any) -> None:

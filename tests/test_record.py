@@ -248,6 +248,8 @@ def test_settings_that_came_later_are_as_they_were() -> None:
         "basis": "taps",
         "evaluate_every": 1,
     }
+    record["accuracy"] = {"curve": [{"epoch": 2}]}
+    assert records.parse(json.dumps(record).encode(), Path("a"))["case"]["recipe"]["evaluate_every"] == 2
     record["case"]["recipe"]["basis"] = "frequencies"
     assert records.parse(json.dumps(record).encode(), Path("a"))["case"]["recipe"]["basis"] == "frequencies"
 
