@@ -176,8 +176,8 @@ CONTEXT_MIB = 1_150  # of a process: CUDA, libraries, DALI and the graphs themse
 HELD = 3  # times what belongs to the weights: a clean copy to start from after warm-up, gradients, torch's reserve
 JUDGING_MIB = 2_400  # what torch reserves while generated images are judged, at least: 2,406 to 3,136 on H200s
 # What cuDNN may take on top while it tries its algorithms, before anything is timed. So counted, no process peak of the
-# H200's tuned records lies more than 10 % below the rest, and none above both: mnist-cnn and resnet50-transfer need
-# nothing of it, cifar100-cnn nearly all.
+# H200's tuned records of one GPU lies more than 10 % below the rest, and none above both, if what decodes JPEGs is left
+# aside, as on one with data on the device: for resnet50-transfer some 390 MiB, and 37 for each thread, one a core.
 TRIALS_MIB = 1_300
 
 

@@ -145,11 +145,14 @@ def test_memory_lies_between_what_was_counted_and_that_with_trials() -> None:
     found = 0
     for path in (ROOT / "results").glob("*h200*/*/tuned-e2e-*.json"):
         record: dict[str, Any] = json.loads(path.read_text())
-        if record["case"].get("division") == "open":
-            continue  # whose steps are not counted
+        if record["case"].get("division") == "open" or record["case"].get("gpus", 1) > 1:
+            continue  # steps that are not counted, and what several GPUs share
         recipe = record["case"]["recipe"]
         projected_mib = memory_mib(STEPS[record["case"]["workload"]], recipe["batch_size"], recipe["optimizer"])
-        assert 0.9 * projected_mib <= record["memory"]["nvml_process_peak_mib"] <= projected_mib + TRIALS_MIB
+        peak_mib = record["memory"]["nvml_process_peak_mib"]
+        decodes = record["case"]["workload"] == "resnet50-transfer"  # the projection is of data on the device
+        decoders_mib = record["memory"]["loaders_mib"] if decodes else 0
+        assert 0.9 * projected_mib <= peak_mib <= projected_mib + decoders_mib + TRIALS_MIB
         found += 1
     assert found >= 6
 
