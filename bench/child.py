@@ -447,10 +447,10 @@ def time_batches(
 ) -> dict[str, float | None]:
     """The recipe's epochs without evaluation: the loader alone, or training on a resident batch; peaks of memory.
 
-    `begin` is called before each epoch, or before as many as come as one.
+    `begin` is called before each epoch, or before each so many that are trained as one.
 
     Raises:
-        Diverged: the last result before the next call of it is not finite.
+        Diverged: the last result of one of these is not finite.
     """
     timing = Timing(device, emit)
     memory = PeakMemory(device, Captured.own_bytes)
@@ -507,7 +507,7 @@ def train(
     pictures: Path,
     references: Mapping[str, float],
 ) -> dict[str, float | None]:
-    """Every epoch of the recipe, with the workload's evaluations; returns the peaks of memory.
+    """Every epoch of the recipe, with its evaluations; returns the peaks of memory.
 
     Emits timing, throughput and accuracy after each evaluation.
     """

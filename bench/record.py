@@ -227,9 +227,10 @@ def filled(record: Record) -> Record:
 def _evaluate_every(record: Record) -> dict[str, int]:
     """After how many epochs a record's first evaluation came, if it has one: some hours older than the setting."""
     try:
-        return {"evaluate_every": int(record["accuracy"]["curve"][0]["epoch"])}
-    except (IndexError, KeyError, TypeError, ValueError):
+        epoch = record["accuracy"]["curve"][0]["epoch"]
+    except (IndexError, KeyError, TypeError):
         return {}
+    return {"evaluate_every": epoch} if isinstance(epoch, int) else {}
 
 
 def check_schema(schema: Any, name: str) -> None:

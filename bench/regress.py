@@ -190,10 +190,8 @@ def _to_target(record: Record, length: Callable[[Mapping[str, Any]], float | Non
 
 
 def _epochs_to_target(record: Record) -> float | None:
-    """A row of the curve is of several epochs where several GPUs ran under weak scaling."""
     rows = _to_target(record, lambda row: 1.0)
-    each = rows and _number(at(record, "accuracy", "curve")[0], "epoch")
-    return rows and each and rows * each
+    return rows and rows * (_number(record, "case", "recipe", "evaluate_every") or 1)
 
 
 def _seed(record: Record) -> Hashable:

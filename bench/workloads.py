@@ -59,7 +59,7 @@ class Recipe:
 
     batch_size: int
     epochs: int
-    evaluate_every: int = 1  # so many epochs, which come as one
+    evaluate_every: int = 1  # so many epochs, trained as one; in the open division only a run's end is evaluated
     optimizer: OptimizerName
     learning_rate: float  # the peak, under a schedule
     momentum: float = 0.0  # sgd: momentum; adam: β₁

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -248,8 +249,9 @@ def test_settings_that_came_later_are_as_they_were() -> None:
         "basis": "taps",
         "evaluate_every": 1,
     }
-    record["accuracy"] = {"curve": [{"epoch": 2}]}
-    assert records.parse(json.dumps(record).encode(), Path("a"))["case"]["recipe"]["evaluate_every"] == 2
+    for curve, every in (([{"epoch": 2}], 2), ([{"epoch": math.inf}], 1), ([{}], 1), ([], 1), (None, 1)):
+        record["accuracy"] = {"curve": curve}
+        assert records.parse(json.dumps(record).encode(), Path("a"))["case"]["recipe"]["evaluate_every"] == every
     record["case"]["recipe"]["basis"] = "frequencies"
     assert records.parse(json.dumps(record).encode(), Path("a"))["case"]["recipe"]["basis"] == "frequencies"
 

@@ -435,14 +435,14 @@ def _orders(
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Epoch after epoch, the numbers of `size` rows, shift and flip, each with the leading 1 of a DALI batch of one.
 
-    Without shift and flip where `preprocess` does not move images. This rank has `count` of each so many epochs that
-    come as one, and then padding to whole super-batches. All is drawn as for one rank, and then shared.
+    Without shift and flip where `preprocess` does not move images. `count` rows (`_epochs`), then padding to whole
+    super-batches. All is drawn as for one rank, and then shared.
     """
     first = np.zeros(images, np.uint8)
     if preprocess.flip == "by turns":  # three numbers: two with a zero at the end are the stream of the first epoch
         first = np.random.default_rng((seed, 0, 1)).integers(0, 1, images, np.uint8, endpoint=True)
 
-    def one(epoch: int, drawn: int) -> list[np.ndarray]:
+    def draw_epoch(epoch: int, drawn: int) -> list[np.ndarray]:
         draw = np.random.default_rng((seed, epoch))
         rows = (draw.permutation(images) if shuffle else np.arange(images))[:drawn]
         if not _are_moved(preprocess):
@@ -452,21 +452,21 @@ def _orders(
         flip = draw.integers(0, int(bool(preprocess.flip)), drawn, np.uint8, endpoint=True)
         return [rows, shift, first[rows] ^ (epoch % 2) if preprocess.flip == "by turns" else flip]
 
-    for order in _epochs(one, images, count, share):
+    for order in _epochs(draw_epoch, images, count, share):
         for part in zip(*(_parts(values, size) for values in order), strict=True):
             yield tuple(values[None] for values in part)
 
 
 def _epochs(
-    one: Callable[[int, int], list[np.ndarray]], images: int, count: int, share: Share
+    draw_epoch: Callable[[int, int], list[np.ndarray]], images: int, count: int, share: Share
 ) -> Iterator[list[np.ndarray]]:
-    """This rank's part of the set's epochs, as many at a time as come as one, cut off behind the rank's `count` images.
+    """This rank's share of the epochs of a set, as many at a time as are trained as one: `count` rows of them.
 
-    one: the first rows, so many, of the epoch with a number.
+    draw_epoch: makes the first so many rows of an epoch, by its number, and what is drawn for each.
     """
     drawn = count * share.ranks
     for first in itertools.count(step=share.epochs):
-        parts = [one(epoch, min(drawn, images)) for epoch in range(first, first + share.epochs)]
+        parts = [draw_epoch(epoch, min(drawn, images)) for epoch in range(first, first + share.epochs)]
         yield [share.of(np.concatenate(values)[:drawn]) for values in zip(*parts, strict=True)]
 
 
@@ -513,12 +513,12 @@ def _jpeg_batches(
 ) -> Generator[tuple[list[Any], np.ndarray, np.ndarray], None, None]:
     """Epoch after epoch, (encoded files, labels, affine maps) of one batch; padding after `count` images."""
 
-    def one(epoch: int, drawn: int) -> list[np.ndarray]:
+    def draw_epoch(epoch: int, drawn: int) -> list[np.ndarray]:
         draw = np.random.default_rng((seed, epoch))
         rows = draw.permutation(len(encoded)) if shuffle else np.arange(len(encoded))
         return [rows[:drawn], _affine_maps(drawn, preprocess, draw)]
 
-    for rows, maps in _epochs(one, len(encoded), count, share):
+    for rows, maps in _epochs(draw_epoch, len(encoded), count, share):
         for part, moves in zip(_parts(rows, batch_size), _parts(maps, batch_size), strict=True):
             yield [encoded[row] for row in part], labels[part], moves
 

@@ -54,7 +54,7 @@ class Share(NamedTuple):
 
     rank: int = 0
     ranks: int = 1
-    epochs: int = 1  # that come as one, one behind the other
+    epochs: int = 1  # trained as one, each behind the one before
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(rows[self.rank :: self.ranks])  # DALI takes no others
