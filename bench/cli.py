@@ -302,7 +302,7 @@ def run(
         records.append(record)
 
     with bars(console) as listener:
-        if len(cards) > 1:
+        if parallel and len(cards) > 1:
             spread(waiting, [*cards], measure)
         else:
             for number, case in waiting:

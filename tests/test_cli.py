@@ -523,10 +523,14 @@ def test_cards_that_differ_are_no_machine(netdyno: Any, runs: Runs, cards: dict[
     assert not [*Path("results").rglob("*")]
 
 
-def test_cards_that_are_not_used_may_differ(netdyno: Any, runs: Runs, cards: dict[str, str]) -> None:
+def test_cases_on_several_cards_come_one_after_the_other_and_cards_that_are_not_used_may_differ(
+    netdyno: Any, runs: Runs, cards: dict[str, str]
+) -> None:
     cards["GPU-c"] = "L4"
-    assert not netdyno("run", "mnist-cnn", "--tuning", "eager", "--gpus", "2").code
-    assert [case.gpus for case in runs.cases] == [2]
+    ended = netdyno("run", "mnist-cnn", "--tuning", "eager", "--gpus", "2", "--repeats", "2")
+    assert not ended.code
+    assert [(case.gpus, call["post"]) for case, call in zip(runs.cases, runs.calls, strict=True)] == [(2, None)] * 2
+    assert ended.out.index("[2/2] mnist-cnn") > ended.out.index("1,000 images/s")
 
 
 def test_fleet_plan(netdyno: Any) -> None:
