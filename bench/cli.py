@@ -210,6 +210,9 @@ def run(
     from .workloads import Case, find, names, resolve
 
     ranks = ranks_of_torchrun(gpus)
+    for option, given in {"--scaling strong": scaling is Scaling.strong, "--restarts": restarts > 0}.items():
+        if given and ranks == 1:
+            raise UserError(f"{option} is for cases on several GPUs: say how many with --gpus")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's "stop" ends a run as Ctrl-C does
     chosen = [find(name) for name in workloads or names(suite.value)]
     tunings = [name.value for name in tuning or SUITE_TUNINGS[suite]]

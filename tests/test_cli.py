@@ -533,6 +533,15 @@ def test_cases_on_several_cards_come_one_after_the_other_and_cards_that_are_not_
     assert ended.out.index("[2/2] mnist-cnn") > ended.out.index("1,000 images/s")
 
 
+@pytest.mark.parametrize("option", ["--scaling strong", "--restarts 2"])
+def test_what_is_of_several_gpus_does_not_go_unsaid_on_one(netdyno: Any, runs: Runs, option: str) -> None:
+    told = complaint(netdyno("run", "mnist-cnn", *option.split()))
+    assert told == f"netdyno: {option.removesuffix(' 2')} is for cases on several GPUs: say how many with --gpus"
+    assert runs.cases == []
+    for more in (["--gpus", "2", *option.split()], ["--scaling", "weak"]):
+        assert not netdyno("run", "mnist-cnn", "--tuning", "eager", *more).code
+
+
 def test_fleet_plan(netdyno: Any) -> None:
     ended = netdyno("fleet", "plan", "--accelerators", "T4,L4", "--out", "some/place")
     assert (ended.code or 0, ended.err) == (0, "")
