@@ -244,7 +244,8 @@ def run(
     here = machine.describe()
     if here["gpu"] is None and any(TUNINGS[name](None).needs_gpu for name in tunings):
         raise UserError("--tuning t4 needs a CUDA GPU, and no NVIDIA driver with one was found here")
-    if here["gpu"] is not None and ranks > 1 and ranks > len(Gpu.cards()):
+    visible = Gpu.cards() if parallel or ranks > 1 else {}
+    if here["gpu"] is not None and ranks > 1 and ranks > len(visible):
         raise UserError(f"--gpus {ranks}: this machine does not have so many, or CUDA_VISIBLE_DEVICES hides them")
     if ranks > 1 and find_batch_size:
         raise UserError("--find-batch-size searches on one GPU: leave --gpus out")
@@ -258,8 +259,7 @@ def run(
         raise UserError("--parallel runs a case on each card, and --gpus one on several: leave one of them out")
     if parallel and find_batch_size:
         raise UserError("--find-batch-size looks at one card: leave --parallel out")
-    cards = Gpu.cards() if parallel or ranks > 1 else {}
-    used = [*cards.values()][: None if parallel else ranks]
+    used = [*visible.values()][: None if parallel else ranks]
     if len(kinds := sorted({*used})) > 1:
         option = "--parallel" if parallel else f"--gpus {ranks}"
         raise UserError(f"{option} needs cards of one kind; choose with CUDA_VISIBLE_DEVICES: {', '.join(kinds)}")
@@ -268,7 +268,7 @@ def run(
     save_machine(here, results)
     say(f"machine  {here['slug']}")
     if parallel:
-        say(f"cards    {len(cards)}: " + ("a case on each" if len(cards) > 1 else "one case after the other"))
+        say(f"cards    {len(visible)}: " + ("a case on each" if len(visible) > 1 else "one case after the other"))
     for cut_off in inflight.sweep(results / here["slug"]):
         say(f"         an earlier run was cut off: {path_of(cut_off, results)} says killed")
     root = root_of(data)
@@ -305,8 +305,8 @@ def run(
         records.append(record)
 
     with bars(console) as listener:
-        if parallel and len(cards) > 1:
-            spread(waiting, [*cards], measure)
+        if parallel and len(visible) > 1:
+            spread(waiting, [*visible], measure)
         else:
             for number, case in waiting:
                 measure(number, case)
