@@ -9,8 +9,9 @@ A master is kept as its weight, which is its upper 16 bits, rounded, and as what
 16 more: so a step moves 26 bytes for each weight instead of 28. The weights are rounded once more than under autocast:
 at the start, where their masters are what the 16 bits hold.
 
-All other weights, which are small and stay in fp32, lie in one row: torch's fused Adam, which gives a program 65,536
-values of a weight, takes 40 to 70 µs for cifar100-cnn's (H200).
+All weights are updated by as few kernels as torch's compiler makes of them. A kernel for each takes 2 to 4 µs more a
+weight; torch's fused Adam, which gives a program 65,536 values of a weight, takes 40 to 70 for the small weights of
+cifar100-cnn, which stay in fp32 (H200).
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
-from .parallel import LARGE, flat, flat_gradient, in_memory, shaped
-from .sharded import ALIGNMENT, Sharded
+from .parallel import LARGE, as_it_lies, flat_gradient
+from .sharded import Sharded, side_by_side
 
 
 def keep_large_in(half: torch.dtype, weights: Iterable[nn.Parameter]) -> None:
@@ -33,9 +34,8 @@ def keep_large_in(half: torch.dtype, weights: Iterable[nn.Parameter]) -> None:
 class MasterAdam(torch.optim.Optimizer):
     """Adam (Kingma & Ba 2015) of parameters of which some are in bf16, which have fp32 masters, and some in fp32.
 
-    Those in fp32 move into one row, and out of that of any earlier optimizer. A master starts as its weight is, also
-    where the state is set to zeros. The rate of the one group may be a number or, under capture, on the device.
-    compile: the update.
+    A master starts as its weight is, also where the state is set to zeros. The rate of the one group may be a number
+    or, under capture, on the device. compile: the update, and what gives gradients away.
 
     Ranks that reach each other's memory share the update out: weights in bf16 move there, and gradients, which are to
     be each rank's own, are added up here.
@@ -50,54 +50,32 @@ class MasterAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
+        assert {weight.dtype for weight in weights} <= {torch.bfloat16, torch.float32}
         super().__init__(weights, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._update = torch.compile(update, fullgraph=True, dynamic=False) if compile else update
-        self._halves = [weight for weight in weights if weight.dtype is torch.bfloat16]
-        self._small = [weight for weight in weights if weight.dtype is torch.float32]
-        assert len(self._halves) + len(self._small) == len(weights)
-        row, self._gaps = in_a_row(self._small, weights[0].device)
-        if parallel.updates_are_shared():
-            self.sharded: Sharded | None = Sharded(self._halves, row)
+        self._update = side_by_side(update) if compile else update
+        self._weights = weights
+        self.sharded = Sharded(weights, compile) if parallel.updates_are_shared() else None
+        if self.sharded is not None:
             self._places = [portion.weights for portion in self.sharded.portions]
         else:
-            self.sharded = None
-            self._places = [*([flat(weight.data, in_memory(weight))] for weight in self._halves), [row]]
+            self._places = [[as_it_lies(weight)] for weight in weights]
         # 1 - betaᵗ after t steps: the same for all
-        corrections = {name: torch.zeros((), device=row.device) for name in ("correction", "correction_sq")}
-        for weight, (mine, *_) in zip((*self._halves, row), self._places, strict=True):
+        corrections = {name: torch.zeros((), device=weights[0].device) for name in ("correction", "correction_sq")}
+        for weight, (mine, *_) in zip(weights, self._places, strict=True):
             averages = {name: torch.zeros_like(mine, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
-            rest = {"rest": torch.zeros_like(mine, dtype=torch.int16)} if weight is not row else {}
+            rest = {"rest": torch.zeros_like(mine, dtype=torch.int16)} if weight.dtype is torch.bfloat16 else {}
             self.state[weight] = averages | rest | corrections
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         (group,) = self.param_groups
-        (*_, (row,)) = self._places
-        rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=row.device)
-        own = [flat_gradient(weight) for weight in self._halves]
-        own.append(torch.cat(_with_gaps(map(flat_gradient, self._small), self._gaps)))
+        rate = torch.as_tensor(group["lr"], dtype=torch.float32, device=self._weights[0].device)
+        own = [flat_gradient(weight) for weight in self._weights]
         gradients = [[gradient] for gradient in own] if self.sharded is None else self.sharded.exchange(own)
-        states = [self.state[weight] for weight in (*self._halves, row)]
+        states = [self.state[weight] for weight in self._weights]
         self._update(self._places, gradients, states, rate, group["betas"], group["eps"], group["weight_decay"])
         if self.sharded is not None:
             self.sharded.finish()
-
-
-def in_a_row(weights: Sequence[nn.Parameter], device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Moves fp32 weights, as they lie, into one row [N]; returns it and its gaps: `_with_gaps`."""
-    unit = ALIGNMENT // torch.float32.itemsize
-    gaps = [torch.zeros(count, device=device) for count in (0, *(-weight.numel() % unit for weight in weights))]
-    pieces = _with_gaps((flat(weight.data, in_memory(weight)) for weight in weights), gaps)
-    row = torch.cat(pieces)
-    parts = row.split([len(piece) for piece in pieces])[1::2]
-    for weight, part in zip(weights, parts, strict=True):
-        weight.data = shaped(part, weight.shape, in_memory(weight))
-    return row, gaps
-
-
-def _with_gaps(rows: Iterable[Tensor], gaps: Sequence[Tensor]) -> list[Tensor]:
-    """The pieces of a row: an empty one, so that there may be no others, then each of `rows` and zeros behind it."""
-    return [gaps[0], *(piece for pair in zip(rows, gaps[1:], strict=True) for piece in pair)]
 
 
 def master_of(weight: Tensor, rest: Tensor) -> Tensor:

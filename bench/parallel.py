@@ -146,6 +146,11 @@ def flat(values: Tensor, order: Sequence[int]) -> Tensor:
     return values.permute([*order]).reshape(-1)
 
 
+def as_it_lies(weight: nn.Parameter) -> Tensor:
+    """[N], the same memory. RuntimeError if it has gaps."""
+    return weight.data.permute(in_memory(weight)).view(-1)
+
+
 def flat_gradient(weight: nn.Parameter) -> Tensor:
     """[N], the weight's gradient in the order in which the weight lies."""
     assert weight.grad is not None

@@ -8,68 +8,71 @@ traffic with two ranks, for as many bytes over the links as a sum of the gradien
 What is small is not worth sharing out: all those gradients go to all ranks, each of which updates all those weights.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import parallel
-from .parallel import in_memory, shaped
+from .parallel import as_it_lies, in_memory, shaped
 from .reach import Room
 
-ALIGNMENT = 256  # bytes, to which parts of a weight and weights in a row are rounded up: kernels load 16 at a time
+ALIGNMENT = 256  # bytes, to which what lies in shared memory is rounded up: kernels load 16 at a time
 
 
 @dataclass(frozen=True)
 class Portion:
-    """What this rank updates of a row of weights, flat, as they lie in memory: [n] of [N] values."""
+    """What this rank updates of a weight, flat, as it lies in memory: [n] of [N] values."""
 
     part: slice  # of the N values
     weights: list[Tensor]  # [n], its own, then those of other ranks: where all that comes of it is written
     gradients: list[Tensor]  # [n], where those of the ranks before this one come, and of those behind it
-    given: list[tuple[slice, Tensor]]  # of its own gradient, [N], what each other rank needs, and where that goes
+    given: list[tuple[Tensor, slice]]  # where what each other rank needs of its own gradient goes, and which part it is
 
 
 class Sharded:
-    """Shares out `weights` in bf16, each by parts; a `row` of others, in fp32, each rank updates as a whole.
+    """Shares out those of the `weights` that are in bf16, each by parts; the others each rank updates as a whole.
 
-    Every rank does the same at the same time. The weights move to memory that all reach. portions: one of each weight,
-    then that of the row.
+    Every rank does the same at the same time. What is shared out moves to memory that all reach. portions: one of each
+    weight. compile: what gives gradients away.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], row: Tensor) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], compile: bool) -> None:
         ranks, me = range(parallel.ranks()), parallel.rank()
         others = [(me + number) % len(ranks) for number in range(1, len(ranks))]  # not all of them one rank first
-        sizes = [_rounded_up(weight.nbytes, len(ranks) * ALIGNMENT) for weight in weights]
-        self._room = Room(2 * sum(sizes) + len(ranks) * row.nbytes)
+        parted = [weight.dtype is torch.bfloat16 for weight in weights]
+        lengths = [_length(weight, len(ranks) if it_is else 1) for weight, it_is in zip(weights, parted, strict=True)]
+        slots = sum(length * (2 if it_is else 1) for length, it_is in zip(lengths, parted, strict=True))
+        self._room = Room(len(ranks) * slots)
+        self._give = side_by_side(give) if compile else give
         self.portions, start = [], 0
-        for weight, size in zip(weights, sizes, strict=True):
+        for weight, it_is, length in zip(weights, parted, lengths, strict=True):
             kind, whole = weight.dtype, weight.numel()
-            length, came = size // len(ranks), start + size  # bytes of a part; where its gradients come, by ranks
-            step = length // kind.itemsize
-            parts = [slice(min(rank * step, whole), min((rank + 1) * step, whole)) for rank in ranks]
+            if it_is:
+                ends = [min((rank + 1) * (length // kind.itemsize), whole) for rank in ranks]
+                parts = [slice(*limits) for limits in itertools.pairwise((0, *ends))]
+                place = self._room.own(start, whole, kind)
+                weight.data = shaped(place, weight.shape, in_memory(weight)).copy_(weight.data)
+                size = parts[me].stop - parts[me].start
+                places = [self._room.view(rank, start + me * length, size, kind) for rank in (me, *others)]
+                start += len(ranks) * length
+            else:
+                parts = [slice(0, whole) for _ in ranks]
+                places = [as_it_lies(weight)]
             n = [part.stop - part.start for part in parts]
-            place = self._room.own(start, whole, kind)
-            weight.data = shaped(place, weight.shape, in_memory(weight)).copy_(weight.data)
-            self.portions.append(
-                Portion(
-                    parts[me],
-                    [self._room.view(rank, start + me * length, n[me], kind) for rank in (me, *others)],
-                    [self._room.view(me, came + rank * length, n[me], kind) for rank in ranks if rank != me],
-                    [(parts[to], self._room.view(to, came + me * length, n[to], kind)) for to in others],
-                )
-            )
-            start += 2 * size
-        of_rank = [start + rank * row.nbytes for rank in ranks]
-        gradients = [self._room.view(me, of_rank[rank], len(row), row.dtype) for rank in ranks if rank != me]
-        given = [(slice(len(row)), self._room.view(to, of_rank[me], len(row), row.dtype)) for to in others]
-        self.portions.append(Portion(slice(len(row)), [row], gradients, given))
+            came = [start + rank * length for rank in ranks]  # where gradients come, by the ranks that they come from
+            gradients = [self._room.view(me, came[rank], n[me], kind) for rank in ranks if rank != me]
+            given = [(self._room.view(to, came[me], n[to], kind), parts[to]) for to in others]
+            self.portions.append(Portion(parts[me], places, gradients, given))
+            start += len(ranks) * length
 
     def exchange(self, gradients: Sequence[Tensor]) -> list[list[Tensor]]:
         """Of this rank's gradients, [N], makes each rank's of its portions, [n], which last until `finish`."""
-        for gradient, portion in zip(gradients, self.portions, strict=True):
-            for part, place in portion.given:
-                place.copy_(gradient[part])
+        pairs = zip(gradients, self.portions, strict=True)
+        self._give([(place, gradient[part]) for gradient, portion in pairs for place, part in portion.given])
         self._room.meet()
         me = parallel.rank()
         return [
@@ -82,5 +85,21 @@ class Sharded:
         self._room.meet()
 
 
-def _rounded_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
+def give(given: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copies into the first of each pair, [n], what the second holds."""
+    for place, values in given:
+        place.copy_(values)
+
+
+def side_by_side(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled: on a GPU a kernel does up to eight things at once that do not depend on one another.
+
+    Each thread handles eight values. The compiler would time four as well, on memory of this GPU alone.
+    """
+    choices: dict[str, Any] = {"combo_kernels": True, "triton.autotune_pointwise": False}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=choices)
+
+
+def _length(weight: Tensor, parts: int) -> int:
+    """Bytes of each of so many parts of a weight."""
+    return -(-weight.nbytes // (parts * ALIGNMENT)) * ALIGNMENT

@@ -1,12 +1,14 @@
 """Adam with masters: the same as torch's on the masters, and weights that are their 16-bit form."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from netdyno.bench import adam
+from netdyno.bench import adam, sharded
 from netdyno.bench.adam import MasterAdam, keep_large_in, master_of, rounded
 from netdyno.bench.parallel import in_memory
 
@@ -65,19 +67,36 @@ def test_masters_are_what_torch_makes_of_the_weights(
             torch.testing.assert_close(weight.data, expected.data, rtol=1e-5, atol=1e-6)
 
 
-def test_small_weights_lie_in_one_row_each_where_kernels_load(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels(what: Callable[[], object]) -> int:
+    """How many a second call launches."""
+    what()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        what()
+    return sum(event.device_type is torch.autograd.DeviceType.CUDA for event in profiler.events())
+
+
+@pytest.mark.gpu
+def test_a_kernel_updates_all_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And another one what they share."""
     monkeypatch.setattr(adam, "LARGE", 32 * 24)
-    model = network()
+    model = network().cuda()
     keep_large_in(torch.bfloat16, model.parameters())
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    MasterAdam(list(model.parameters()), compile=False, lr=1e-3)
-    small = [weight for weight in model.parameters() if weight.dtype is torch.float32]
-    assert [weight.numel() for weight in small] == [32, 80, 2, 648]
-    assert len({weight.untyped_storage().data_ptr() for weight in small}) == 1
-    assert [4 * weight.storage_offset() for weight in small] == [0, 256, 768, 1024]
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, before[name])
-        assert weight.stride() == before[name].stride()
+    optimizer = MasterAdam(list(model.parameters()), compile=True, lr=torch.tensor(1e-3, device="cuda"))
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
+    assert kernels(optimizer.step) == 2
+
+
+@pytest.mark.gpu
+def test_a_kernel_gives_all_gradients_away() -> None:
+    pairs = [(torch.empty(n, device="cuda"), torch.randn(n, device="cuda")) for n in (7, 300, 5_000)]
+    assert kernels(partial(sharded.side_by_side(sharded.give), pairs)) == 1
+    assert all(torch.equal(place, values) for place, values in pairs)
+
+
+def test_a_weight_with_gaps_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="view size"):
+        MasterAdam([nn.Parameter(torch.ones(4, 8)[:, :4])], compile=False, lr=1e-3)
 
 
 def test_steps_too_small_for_16_bits_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
