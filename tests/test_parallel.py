@@ -266,7 +266,10 @@ if sys.argv[3] == "captured":
 
 def check():
     for weight, expected in zip(network.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(weight, expected, rtol=0, atol=0)
+        # a GPU's two compiled updates need not fuse the same multiplications with additions: a rounding now and then
+        exact = device.type == "cpu"
+        rtol = 0 if exact else max(1e-6, torch.finfo(weight.dtype).eps)
+        torch.testing.assert_close(weight, expected, rtol=rtol, atol=0 if exact else 1e-7)
         assert len({*parallel.every(weight.double().sum().item())}) == 1
 
 check()
@@ -311,18 +314,20 @@ SMALL_WEIGHTS = "10x15 7 13x31 2"  # of three ranks the last has no part of eith
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 @pytest.mark.parametrize(("count", "weights"), [(2, WEIGHTS), (3, WEIGHTS), (3, SMALL_WEIGHTS)])
 def test_ranks_share_an_update_out(count: int, weights: str, how: str, tmp_path: Path) -> None:
-    """With the weights that one rank has by the sum of the gradients, to the bit."""
+    """With the weights that one rank has by the sum of the gradients, on a CPU to the bit; in all ranks the same."""
     assert in_ranks(SHARED_UPDATE, "cpu", str(tmp_path), how, weights, count=count) == ["as it should be\n"] * count
 
 
 @pytest.mark.gpu
-@two_gpus
 @pytest.mark.parametrize("how", ["compiled", "captured"])
-def test_gpus_share_an_update_out(how: str, tmp_path: Path) -> None:
-    said = in_ranks(SHARED_UPDATE, "cuda", str(tmp_path), how, WEIGHTS)
-    if said == ["no way to each other\n"] * 2:
+@pytest.mark.parametrize("count", [2, 4])
+def test_gpus_share_an_update_out(count: int, how: str, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+    said = in_ranks(SHARED_UPDATE, "cuda", str(tmp_path), how, WEIGHTS, count=count)
+    if said == ["no way to each other\n"] * count:
         pytest.skip("the GPUs do not reach each other's memory")
-    assert said == ["as it should be\n"] * 2
+    assert said == ["as it should be\n"] * count
 
 
 # Images
