@@ -113,9 +113,9 @@ def project(communication: Mapping[str, Any], measured: int, gpus: int, links: L
 
 def measured_table(records: Iterable[Mapping[str, Any]]) -> str:
     """Images/s of tuned runs under weak scaling beside those of one GPU of the same machine, medians of its records."""
-    headers = ["workload", "mode", "GPUs", "batch", "one GPU, images/s", "all, images/s", "times one"]
+    headers = ["machine", "workload", "mode", "GPUs", "batch", "one GPU, images/s", "all, images/s", "times one"]
     lines = []
-    for row in summarise(list(records)):
+    for row in sorted(summarise(list(records)), key=lambda row: str(row.machine)):
         if (
             row.tuning != "tuned"
             or row.scaling != "weak"
@@ -125,17 +125,19 @@ def measured_table(records: Iterable[Mapping[str, Any]]) -> str:
         times, speed = row.gpus * row.scaling_efficiency, row.images_per_s or 0.0
         counts = [f"{row.gpus:.0f}", f"{row.batch_size:,.0f}"]
         said = ", ".join([f"{times:.2f}", *row.on_another_card("one GPU")])
-        lines.append([str(row.workload), str(row.mode), *counts, figure(speed / times), figure(speed), said])
+        names = [str(row.machine), str(row.workload), str(row.mode)]
+        lines.append([*names, *counts, figure(speed / times), figure(speed), said])
     if not lines:
         return "There is no record of several GPUs beside one of one yet."
-    return aligned(headers, [False, False, True, True, True, True, True], lines)
+    return aligned(headers, [False, False, False, True, True, True, True, True], lines)
 
 
 def page_table(records: Iterable[Mapping[str, Any]]) -> str:
     """Of each workload's newest tuned case under weak scaling: what was measured, and what is projected from it.
 
-    End to end, where it was. Of several runs of it by the same code on the same machine, the one with the median of
-    their exposed times; of an even number the lower.
+    End to end, where it was; by the same code on the same machine. The projection is from the fewest GPUs; where more
+    were measured it stands beside them. Of several runs, the one with the median of their exposed times; of an even
+    number the lower.
     """
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
@@ -145,28 +147,46 @@ def page_table(records: Iterable[Mapping[str, Any]]) -> str:
             runs.setdefault(case["workload"], []).append(record)
     if not runs:
         return "There is no record of several GPUs yet."
-    headers = ["workload", "", "GPUs", "network", "step, µs", "exposed, µs", "step without sums", "all-reduce"]
+    names = ["machine", "workload", "", "GPUs", "network"]
+    headers = [*names, "step, µs", "exposed, µs", "step without sums", "all-reduce"]
     lines = []
     for workload, found in sorted(runs.items()):
         group = [record for record in found if record["case"]["mode"] == "e2e"] or found
-        alike = [record["communication"] for record in group if _alike(record) == _alike(group[-1])]
-        median = sorted(alike, key=lambda one: one["exposed_s"])[(len(alike) - 1) // 2]
-        gpus = group[-1]["case"]["gpus"]
-        share = median["apart_step_s"] / median["step_s"]
-        times = [figure(1e6 * median[name]) for name in ("step_s", "exposed_s")]
-        lines.append([workload, "measured", str(gpus), MISSING, *times, f"{100 * share:.1f} %", MISSING])
-        for count in PROJECTED:
-            for links in NETWORKS if count > GPUS_A_HOST else NETWORKS[:1]:
-                one = project(median, gpus, count, links)
-                network = links.name if count > GPUS_A_HOST else MISSING
-                times = [figure(1e6 * seconds) for seconds in (one.step_s, one.step_s - median["apart_step_s"])]
-                efficiency = f"{100 * one.efficiency:.1f} %"
-                lines.append([workload, "projected", str(count), network, *times, efficiency, one.way])
-    return aligned(headers, [False, False, True, False, True, True, True, False], lines)
+        measured: dict[int, list[Mapping[str, Any]]] = {}
+        for record in group:
+            if _but_for_gpus(record) == _but_for_gpus(group[-1]):
+                measured.setdefault(record["case"]["gpus"], []).append(record["communication"])
+        fewest, machine = min(measured), at(group[-1], "machine", "slug")
+        for count in sorted({*measured, *PROJECTED}):
+            if count in measured:
+                one = _median(measured[count])
+                names = [machine, workload, "measured", str(count), MISSING]
+                share = one["apart_step_s"] / one["step_s"]
+                lines.append(_line(names, one["step_s"], one["exposed_s"], share, MISSING))
+            if count > fewest:
+                base = _median(measured[fewest])
+                for links in NETWORKS if count > GPUS_A_HOST else NETWORKS[:1]:
+                    more = project(base, fewest, count, links)
+                    network = links.name if count > GPUS_A_HOST else MISSING
+                    exposed_s = more.step_s - base["apart_step_s"]
+                    names = [machine, workload, "projected", str(count), network]
+                    lines.append(_line(names, more.step_s, exposed_s, more.efficiency, more.way))
+    return aligned(headers, [False, False, False, True, False, True, True, True, False], lines)
 
 
-def _alike(record: Mapping[str, Any]) -> tuple[str, str | None]:
-    return comparable(record), at(record, "code")
+def _but_for_gpus(record: Mapping[str, Any]) -> tuple[str, str | None]:
+    case = record["case"]
+    on_each = case["recipe"]["batch_size"] / case["gpus"]
+    return comparable({**record, "case": {**case, "gpus": None, "recipe": on_each}}), at(record, "code")
+
+
+def _median(found: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    ordered = sorted(found, key=lambda one: one["exposed_s"])
+    return ordered[(len(ordered) - 1) // 2]
+
+
+def _line(names: list[str], step_s: float, exposed_s: float, efficiency: float, way: str) -> list[str]:
+    return [*names, figure(1e6 * step_s), figure(1e6 * exposed_s), f"{100 * efficiency:.1f} %", way]
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_between_hosts_no_update_is_shared_out() -> None:
 def test_the_table_tells_measured_from_projected() -> None:
     two = make(1, gpus=2, scaling="weak") | {"communication": FOUND}
     lines = scaling.page_table([make(2), two, two | {"status": "failed"}]).splitlines()
-    assert [[cell.strip() for cell in line.split("|")[2:4]] for line in lines[2:]] == [
+    assert [[cell.strip() for cell in line.split("|")[3:5]] for line in lines[2:]] == [
         ["measured", "2"],
         *[["projected", count] for count in ("8", "64", "64")],
     ]
@@ -86,12 +86,33 @@ def test_of_several_runs_the_table_has_the_median() -> None:
 
     def shown(*records: dict[str, Any]) -> list[str]:
         cells = scaling.page_table(records).splitlines()[2].split("|")
-        return [cells[2].strip(), cells[6].strip()]
+        return [cells[3].strip(), cells[7].strip()]
 
     assert shown(*others, *same) == ["measured", "70.0"]
     assert shown(*same[1:]) == ["measured", "40.0"]  # of two the lower
     assert shown(*same[:1], *compute) == ["measured", "70.0"]  # end to end, where it was
     assert shown(*compute[1:]) == ["measured", "40.0"]
+
+
+def test_a_projection_stands_beside_what_was_measured() -> None:
+    def run(number: int, gpus: int, exposed_s: float) -> dict[str, Any]:
+        recipe = {"batch_size": 128 * gpus, "learning_rate": 0.1, "epochs": 2 * gpus}
+        communication = FOUND | {"exposed_s": exposed_s}
+        return make(number, gpus=gpus, scaling="weak", recipe=recipe) | {"communication": communication}
+
+    lines = scaling.page_table([run(1, 2, 2e-4), run(2, 4, 1e-4)]).splitlines()[2:]
+    shown = [[cell.strip() for cell in line.split("|")[3:8]] for line in lines]
+    projected = project(FOUND, 2, 4, scaling.NETWORKS[0]).step_s
+    assert [row[:2] for row in shown[:4]] == [
+        ["measured", "2"],
+        ["measured", "4"],
+        ["projected", "4"],
+        ["projected", "8"],
+    ]
+    assert [row[4] for row in shown[:3]] == ["200", "100", f"{1e6 * (projected - 1e-3):.0f}"]
+    wider = run(2, 4, 1e-4)
+    wider["case"]["recipe"]["batch_size"] = 1024  # not the same batch on each GPU
+    assert "measured | 2" not in " ".join(scaling.page_table([run(1, 2, 2e-4), wider]).split())
 
 
 def test_without_records_the_table_says_so() -> None:
@@ -105,7 +126,7 @@ def test_several_gpus_stand_beside_one() -> None:
     one = [make(number, images_per_s=speed, recipe=recipe(128, 2)) for number, speed in enumerate((9e2, 1e3, 2e3))]
     two = make(4, images_per_s=1_900.0, recipe=recipe(256, 4), gpus=2, scaling="weak")
     (line,) = scaling.measured_table([*one, two]).splitlines()[2:]
-    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["2", "256", "1,000", "1,900", "1.90"]
+    assert [cell.strip() for cell in line.split("|")[4:-1]] == ["2", "256", "1,000", "1,900", "1.90"]
     assert "no record of several GPUs beside one" in scaling.measured_table(one)
     one = [record | {"gpu": {"fingerprints": ["a"]}} for record in one]
     two |= {"gpu": {"fingerprints": ["b", "c"]}}
