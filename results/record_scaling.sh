@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
-# Makes the records of docs/scaling.md: each network on two GPUs, beside runs of one, one on each of them at a time.
-# Arguments: the networks, else all six. Needs two GPUs that are alike, the real image sets in $NETDYNO_DATA and an idle
-# machine; three quarters of an hour on fast cards. Goes on where it stopped when run again.
+# Makes the records of docs/scaling.md: each network on two GPUs, four and so on up to all that are visible (0,1 unless
+# CUDA_VISIBLE_DEVICES says otherwise), beside runs of one, one on each of them at a time. Arguments: the networks, else
+# all six. Needs GPUs that are alike, the real image sets in $NETDYNO_DATA and an idle machine; three quarters of an hour
+# on two fast cards. Goes on where it stopped when run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 netdyno=${NETDYNO:-.venv/bin/netdyno}
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1}
+gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
 [ $# -gt 0 ] || set -- mnist-cnn cifar10-cnn cifar100-cnn conv-autoencoder dcgan resnet50-transfer
 
 $netdyno doctor --results results || true   # the ceilings that records are held against
 for workload in "$@"; do
   for mode in e2e compute; do   # compute: nothing pauses for an evaluation
     common=("$workload" --suite full --tuning tuned --mode "$mode" --results results --resume)
-    $netdyno run "${common[@]}" --parallel --repeats 2
-    $netdyno run "${common[@]}" --gpus 2 --repeats 3
+    $netdyno run "${common[@]}" --parallel --repeats "$gpus"
+    for ((n = 2; n <= gpus; n *= 2)); do
+      $netdyno run "${common[@]}" --gpus "$n" --repeats 3
+    done
   done
 done
