@@ -618,10 +618,10 @@ def communication(
 ) -> dict[str, float]:
     """What adding up the gradients costs a step, from further steps after everything else was measured.
 
-    Seconds of a step as it was, and of one in which each rank is left to itself, made `again`; the difference is what
-    of the communication no arithmetic hides, less what ranks save that share the update out: it may be negative. Beside
-    it the seconds of sums of all the gradients alone, by the process group, and their size in MiB; and how much of that
-    is added up in a shared update.
+    Seconds of a step as it was, and of the slowest rank's in which each is left to itself, made `again`; the difference
+    is what of the communication no arithmetic hides, less what ranks save that share the update out: it may be
+    negative, and holds no wait for a rank that is always slower. Beside it the seconds of sums of all the gradients
+    alone, by the process group, and their size in MiB; and how much of that is added up in a shared update.
     """
 
     def seconds(step: Step) -> float:

@@ -2,10 +2,10 @@
 
 No torch in here.
 
-A step on n GPUs is taken to last as long as one in which each is left to itself, and on top of it what two GPUs were
-seen to spend on adding up, and what NCCL's all-reduce of n takes longer than that of two (`project`): at worst, as the
-backward pass hides no more of it than with two. The time of an all-reduce is NCCL's own model, by which it chooses
-between ring and tree (`all_reduce_s`). Nothing is fitted.
+A step on n GPUs is taken to last as long as one in which each is left to itself, and on top of it what the fewest that
+were measured, mostly two, spend on adding up, and what NCCL's all-reduce of n takes longer than that of those
+(`project`): at worst, as the backward pass hides no more of it than with them. The time of an all-reduce is NCCL's own
+model, by which it chooses between ring and tree (`all_reduce_s`). Nothing is fitted.
 
 `python -m netdyno.bench.scaling` writes the tables of docs/scaling.md anew, from the records in results/.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .schema import read_all
-from .summary import at, comparable, summarise
+from .summary import at, comparable, on_each, summarise
 from .table import MISSING, aligned, figure, replace_section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,13 +142,15 @@ def page_table(records: Iterable[Mapping[str, Any]]) -> str:
     runs: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         case = record["case"]
-        whole = record["status"] == "ok" and at(record, "communication", "apart_step_s") is not None
+        whole = (
+            record["status"] == "ok" and case.get("gpus") and at(record, "communication", "apart_step_s") is not None
+        )
         if whole and at(record, "machine", "gpu") and (case["tuning"], case.get("scaling")) == ("tuned", "weak"):
             runs.setdefault(case["workload"], []).append(record)
     if not runs:
         return "There is no record of several GPUs yet."
     names = ["machine", "workload", "", "GPUs", "network"]
-    headers = [*names, "step, µs", "exposed, µs", "step without sums", "all-reduce"]
+    headers = [*names, "step, µs", "exposed, µs", "efficiency by sums alone", "all-reduce"]
     lines = []
     for workload, found in sorted(runs.items()):
         group = [record for record in found if record["case"]["mode"] == "e2e"] or found
@@ -176,8 +178,8 @@ def page_table(records: Iterable[Mapping[str, Any]]) -> str:
 
 def _but_for_gpus(record: Mapping[str, Any]) -> tuple[str, str | None]:
     case = record["case"]
-    on_each = case["recipe"]["batch_size"] / case["gpus"]
-    return comparable({**record, "case": {**case, "gpus": None, "recipe": on_each}}), at(record, "code")
+    recipe = on_each(case.get("recipe") or {}, case["gpus"])
+    return comparable({**record, "case": {**case, "gpus": None, "recipe": recipe}}), at(record, "code")
 
 
 def _median(found: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:

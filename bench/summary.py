@@ -387,12 +387,15 @@ def _across(row: Row, other: Row, what: str) -> tuple[str, ...]:
 
 def _on_one(row: Row) -> tuple:
     """What a row shares with that of one GPU: the recipe but for its length; under weak scaling the batch on each."""
-    batch = row.batch_size
-    length = ("batch_size", "epochs", "evaluate_every")
-    recipe = {name: value for name, value in row.recipe.items() if name not in length}
-    if row.scaling == "weak" and batch is not None and row.gpus:
-        batch /= row.gpus
-    return *_contest(replace(row, gpus=1, scaling=None)), row.tuning, batch, _key(recipe)
+    recipe = on_each(row.recipe, row.gpus if row.scaling == "weak" else 1)
+    return *_contest(replace(row, gpus=1, scaling=None)), row.tuning, _key(recipe)
+
+
+def on_each(recipe: Mapping[str, Any], gpus: float | None) -> dict[str, Any]:
+    """What of a recipe weak scaling keeps on any number of GPUs: the batch on each, and all else but its length."""
+    fixed = {name: value for name, value in recipe.items() if name not in ("batch_size", "epochs", "evaluate_every")}
+    batch = _number(recipe, "batch_size")
+    return fixed | {"batch_size": batch and batch / (gpus or 1)}
 
 
 def _without_mode(row: Row) -> tuple:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the records of docs/scaling.md: each network on two GPUs, four and so on up to all that are visible (0,1 unless
+# Makes records of several GPUs: each network on two, four, eight and so on of those that are visible (0,1 unless
 # CUDA_VISIBLE_DEVICES says otherwise), beside runs of one, one on each of them at a time. Arguments: the networks, else
 # all six. Needs GPUs that are alike, the real image sets in $NETDYNO_DATA and an idle machine; three quarters of an hour
 # on two fast cards. Goes on where it stopped when run again.

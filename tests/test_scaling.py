@@ -110,9 +110,13 @@ def test_a_projection_stands_beside_what_was_measured() -> None:
         ["projected", "8"],
     ]
     assert [row[4] for row in shown[:3]] == ["200", "100", f"{1e6 * (projected - 1e-3):.0f}"]
-    wider = run(2, 4, 1e-4)
-    wider["case"]["recipe"]["batch_size"] = 1024  # not the same batch on each GPU
-    assert "measured | 2" not in " ".join(scaling.page_table([run(1, 2, 2e-4), wider]).split())
+    for name, value in (("batch_size", 1024), ("learning_rate", 0.5)):  # another batch on each GPU, another rate
+        other = run(2, 4, 1e-4)
+        other["case"]["recipe"][name] = value
+        assert "measured | 2" not in " ".join(scaling.page_table([run(1, 2, 2e-4), other]).split())
+    unknown = run(2, 4, 1e-4)
+    unknown["case"]["recipe"] = None
+    assert "measured | 4" in " ".join(scaling.page_table([unknown]).split())
 
 
 def test_without_records_the_table_says_so() -> None:
