@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 netdyno=${NETDYNO:-.venv/bin/netdyno}
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0,1}
 gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
+[ "$gpus" -gt 1 ] || { echo "record_scaling.sh: CUDA_VISIBLE_DEVICES names one GPU, where it takes two or more" >&2; exit 1; }
 [ $# -gt 0 ] || set -- mnist-cnn cifar10-cnn cifar100-cnn conv-autoencoder dcgan resnet50-transfer
 
 $netdyno doctor --results results || true   # the ceilings that records are held against

@@ -265,8 +265,10 @@ if sys.argv[3] == "captured":
     one = Captured(one, "train")
 
 def check():
-    # a GPU's two compiled updates need not fuse the same multiplications with additions: a rounding now and then
-    rounding = {"rtol": 0, "atol": 0} if device.type == "cpu" else {"rtol": 1e-6, "atol": 1e-7}
+    # A GPU's two compiled updates need not fuse the same multiplications with additions: a rounding now and then, which
+    # turns over that of a weight to 16 bits in some 5 of 100,000.
+    exact = device.type == "cpu"
+    rounding = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-6, "atol": 1e-7}
     pairs = zip(network.parameters(), alone.parameters(), strict=True)
     for (weight, expected), portion in zip(pairs, optimizer.sharded.portions, strict=True):
         mine, right = (parallel.as_it_lies(values)[portion.part] for values in (weight, expected))
@@ -274,6 +276,8 @@ def check():
             mine = adam.master_of(mine, optimizer.state[weight]["rest"])
             right = adam.master_of(right, reference.state[expected]["rest"][portion.part])
         torch.testing.assert_close(mine, right, **rounding)
+        if exact or weight.dtype is torch.bfloat16:  # what came of other ranks, too
+            assert (weight != expected).sum() <= (0 if exact else 1 + weight.numel() // 1_000)
         assert len({*parallel.every(weight.double().sum().item())}) == 1
 
 check()
